@@ -1,0 +1,230 @@
+"""The protocol that every tokenizer follows: lossless text <-> ids, with one treatment of special tokens.
+
+A tokenizer maps any `str` without lone surrogates to ids and back. What a subclass has to bring is how ordinary text
+is encoded and which bytes an id stands for; special tokens, checks and the content hash are the same for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+IdArray = npt.NDArray[np.int32]
+AllowedSpecial = Literal["all", "none"] | Collection[str]
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class InputError(ValueError):
+    """Bad input. The message is one sentence for the person who gave it: what is wrong, and what to do."""
+
+
+class Tokenizer(ABC):
+    """Lossless text <-> ids.
+
+    Attributes:
+      kind: the name under which `load_tokenizer` finds the class again.
+      special_tokens: name -> id. They stand for no source bytes.
+      end_of_text_id: the id that closes a document, or None for an imported vocabulary without one.
+    """
+
+    kind: ClassVar[str]
+    special_tokens: dict[str, int]
+
+    # ---- what each kind of tokenizer brings
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The highest id + 1, special tokens included."""
+
+    @abstractmethod
+    def _encode_ordinary(self, text: str) -> IdArray:
+        """Ids of `text` in which no special token has a meaning."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that one id shows as; the name of a special token; empty for an escape marker."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
+        """The bytes of a sequence of ids, special tokens as their names. Raises InputError for an id out of range."""
+
+    @abstractmethod
+    def byte_lengths(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> IdArray:
+        """Source bytes of each position, int32, shape of `ids`; 0 for special tokens.
+
+        For `ids = encode(text)` without special tokens they sum to `len(text.encode())`.
+        """
+
+    @abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """All that determines the function from text to ids, as JSON-able data."""
+
+    @classmethod
+    @abstractmethod
+    def _from_content(cls, content: dict[str, Any]) -> Tokenizer:
+        """The inverse of `_content`."""
+
+    # ---- what is the same for all
+
+    @property
+    def end_of_text_id(self) -> int | None:
+        return self.special_tokens.get(END_OF_TEXT)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the content: equal hashes mean the same ids for every text."""
+        return content_hash({"kind": self.kind, **self._content()})
+
+    def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> IdArray:
+        """Ids of `text`: a 1-D int32 array.
+
+        A special token in the text is an error unless it is named in `allowed_special`; "all" gives each its id, and
+        "none" encodes them all as the plain text that they also are. Where several match, the longest is taken.
+
+        Raises:
+          InputError: a lone surrogate, a special token that isn't allowed, or something that is no `str`.
+        """
+        check_text(text)
+        if isinstance(allowed_special, str):
+            if allowed_special not in ("all", "none"):
+                raise InputError(f'allowed_special is "all", "none" or a set of names, not {allowed_special!r}.')
+            if allowed_special == "none":
+                return self._encode_ordinary(text)
+            allowed: set[str] = set(self.special_tokens)
+        else:
+            allowed = set(allowed_special)
+        present = [name for name in self.special_tokens if name in text]
+        if not present:
+            return self._encode_ordinary(text)
+        pieces = []
+        start = 0
+        for match in longest_first(present).finditer(text):
+            name = match.group()
+            if name not in allowed:
+                raise InputError(
+                    f"The text contains the special token {name!r}; pass allowed_special={{{name!r}}} to encode it as "
+                    'that token, or allowed_special="none" to encode it as plain text.'
+                )
+            pieces.append(self._encode_ordinary(text[start : match.start()]))
+            pieces.append(np.array([self.special_tokens[name]], np.int32))
+            start = match.end()
+        pieces.append(self._encode_ordinary(text[start:]))
+        return np.concatenate(pieces)
+
+    def decode(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
+        """Text of a sequence of ids; invalid UTF-8 shows as U+FFFD, special tokens show as their names."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json` into `directory`, under a temporary name first."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        content = {"kind": self.kind, **self._content()}
+        text = json.dumps({"version": 1, "hash": content_hash(content), **content}, ensure_ascii=False, indent=1)
+        temporary = directory / f".{TOKENIZER_FILE}.{os.getpid()}.tmp"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(directory / TOKENIZER_FILE)
+
+    def _check_ids(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        array = np.asarray(ids if isinstance(ids, np.ndarray | Sequence) else list(ids))
+        if array.size == 0:
+            return np.zeros(0, np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise InputError(f"Ids are a 1-D sequence of integers, not {array.dtype} of shape {array.shape}.")
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            worst = int(array.min() if array.min() < 0 else array.max())
+            raise InputError(f"The id {worst} is outside the vocabulary of {self.vocab_size} ids.")
+        return array.astype(np.int64, copy=False)
+
+
+def longest_first(names: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that matches any of `names`, the longest where one is the beginning of another."""
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+
+
+def check_text(text: str) -> None:
+    """Raises InputError unless `text` is a `str` that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise InputError(f"A tokenizer encodes str, not {type(text).__name__}; decode bytes first.")
+    try:
+        text.encode("utf-16-le")  # refuses the same characters as UTF-8, five times as fast
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no "
+            "UTF-8 text can; remove it, or read the source with errors='replace'."
+        ) from None
+
+
+def check_texts(texts: Iterable[str]) -> Iterable[str]:
+    """The texts of a training corpus, each checked; a bare `str` is refused, since iterating it gives characters."""
+    if isinstance(texts, str | bytes):
+        raise InputError("Training takes an iterable of texts; put a single text into a list.")
+    for text in texts:
+        check_text(text)
+        yield text
+
+
+def special_token_ids(names: Sequence[str] | Mapping[str, int], first_id: int) -> dict[str, int]:
+    """Special tokens as a mapping name -> id: those of a mapping as they are, those of a sequence from `first_id` on.
+
+    Raises:
+      InputError: an empty name, a name or an id twice, or an id below `first_id`.
+    """
+    if isinstance(names, str):
+        raise InputError("special_tokens is a sequence of names or a mapping to ids; put a single name into a tuple.")
+    pairs = list(names.items()) if isinstance(names, Mapping) else [(n, first_id + i) for i, n in enumerate(names)]
+    for name, token_id in pairs:
+        check_text(name)
+        if not name:
+            raise InputError("A special token is empty; give it at least one character.")
+        if token_id < first_id:
+            raise InputError(f"The special token {name!r} has the id {token_id}, which an ordinary token has already.")
+    for what, values in (("name", [name for name, _ in pairs]), ("id", [token_id for _, token_id in pairs])):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(f"The special-token {what} {twice[0]!r} is given twice; each needs its own.")
+    return dict(pairs)
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 (hexadecimal) of JSON-able data, independent of the order of keys."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `save` wrote into `directory`, of whichever kind it is.
+
+    Raises:
+      InputError: no tokenizer there, a newer format, an unknown kind, or content that doesn't match its hash.
+    """
+    from jaxlm.tokenizers import TOKENIZER_KINDS
+
+    path = Path(directory) / TOKENIZER_FILE
+    try:
+        data = json.loads(path.read_bytes())
+        version, stored_hash, kind = data.pop("version"), data.pop("hash"), data["kind"]
+    except FileNotFoundError:
+        raise InputError(f"There is no tokenizer at {path}; give the directory that `save` wrote.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+        raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None
+    if version != 1:
+        raise InputError(f"{path} has format version {version}; this jaxlm reads version 1, so use a newer jaxlm.")
+    if kind not in TOKENIZER_KINDS:
+        raise InputError(f"{path} is of the unknown kind {kind!r}; known are {', '.join(sorted(TOKENIZER_KINDS))}.")
+    if content_hash(data) != stored_hash:
+        raise InputError(f"{path} doesn't match its hash: it was changed or damaged; save the tokenizer again.")
+    del data["kind"]
+    return TOKENIZER_KINDS[kind]._from_content(data)

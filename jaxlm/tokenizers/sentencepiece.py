@@ -1,0 +1,166 @@
+"""SentencePiece (Kudo and Richardson 2018) BPE and unigram behind the same protocol, configured to lose nothing.
+
+By default SentencePiece normalises text (NFKC, runs of spaces, a space in front), and it writes a space as U+2581, so
+that a literal U+2581 comes back as a space. Here normalisation is off, unknown characters fall back to bytes, and a
+literal U+2581 is escaped before SentencePiece sees it: U+2582 is the escape, "U+2582 ." stands for U+2581, and a doubled
+U+2582 for itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from jaxlm.tokenizers.base import END_OF_TEXT, IdArray, InputError, Tokenizer, check_texts
+
+SPACE, ESCAPE = "\u2581", "\u2582"
+_ESCAPED = re.compile(f"[{SPACE}{ESCAPE}]")
+_SEQUENCE = re.compile(f"{ESCAPE}({ESCAPE}|\\.)".encode())
+_SENTENCE_BYTES = 4192
+_UNKNOWN_ID, _END_OF_TEXT_ID = 0, 1
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A trained SentencePiece model: id 0 is its unknown piece (never produced), id 1 end-of-text, then 256 bytes.
+
+    Args:
+      model: the serialised model, as SentencePiece's trainer writes it.
+    """
+
+    kind: ClassVar[str] = "sentencepiece"
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise InputError("The SentencePiece model can't be read; it is damaged or of another format.") from None
+        pieces = range(self._processor.vocab_size())
+        self._tokens = [self._piece_bytes(token_id) for token_id in pieces]
+        self.special_tokens = {END_OF_TEXT: _END_OF_TEXT_ID}
+        self._lengths = np.array([len(token) for token in self._tokens], np.int32)
+        self._lengths[_END_OF_TEXT_ID] = 0
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, model_type: Literal["bpe", "unigram"] = "bpe"
+    ) -> SentencePieceTokenizer:
+        """Trains a model on one thread, so that the same texts give the same model.
+
+        Raises:
+          InputError: an unknown model type, no text, or a vocabulary that is too small or too large for the text (the
+            message names the bound).
+        """
+        if model_type not in ("bpe", "unigram"):
+            raise InputError(f"There is no SentencePiece model type {model_type!r}; known are bpe, unigram.")
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(check_texts(texts)),
+                model_writer=model,
+                model_type=model_type,
+                vocab_size=vocab_size,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                byte_fallback=True,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=_SENTENCE_BYTES,
+                unk_id=_UNKNOWN_ID,
+                eos_id=_END_OF_TEXT_ID,
+                eos_piece=END_OF_TEXT,
+                bos_id=-1,
+                pad_id=-1,
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise InputError(_explain(str(error), vocab_size)) from None
+        trained = cls(model.getvalue())
+        if trained.vocab_size != vocab_size:
+            raise InputError(
+                f"The text gives SentencePiece a vocabulary of {trained.vocab_size} ids, and {vocab_size} were asked "
+                "for; use more text or that size."
+            )
+        return trained
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokens)
+
+    def _encode_ordinary(self, text: str) -> IdArray:
+        return np.array(self._processor.encode(_escape(text)), np.int32)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        (token_id,) = self._check_ids([token_id])
+        return self._tokens[token_id]
+
+    def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
+        return _unescape(b"".join([self._tokens[token_id] for token_id in self._check_ids(ids).tolist()]))
+
+    def byte_lengths(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> IdArray:
+        array = self._check_ids(ids)
+        lengths = self._lengths[array]
+        data = b"".join([self._tokens[token_id] for token_id in array.tolist()])
+        # An escape sequence stands for three bytes; what it has more is taken from its end.
+        owner = np.repeat(np.arange(len(array)), [len(self._tokens[token_id]) for token_id in array.tolist()])
+        for match in _SEQUENCE.finditer(data):
+            np.subtract.at(lengths, owner[match.start() + 3 : match.end()], 1)
+        return lengths
+
+    def _piece_bytes(self, token_id: int) -> bytes:
+        piece = self._processor.id_to_piece(token_id)
+        if self._processor.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        if self._processor.is_unknown(token_id):
+            return "\ufffd".encode()
+        if self._processor.is_control(token_id):
+            return piece.encode()
+        return piece.replace(SPACE, " ").encode()
+
+    def _content(self) -> dict[str, Any]:
+        return {"model": base64.b64encode(self._model).decode()}
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> SentencePieceTokenizer:
+        return cls(base64.b64decode(content["model"]))
+
+
+def _escape(text: str) -> str:
+    return _ESCAPED.sub(lambda match: ESCAPE + ("." if match.group() == SPACE else ESCAPE), text)
+
+
+def _unescape(data: bytes) -> bytes:
+    return _SEQUENCE.sub(lambda match: (SPACE if match.group(1) == b"." else ESCAPE).encode(), data)
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines, each with the line end before it (SentencePiece drops one at the end), none longer than it will read."""
+    for text in texts:
+        for line in re.findall(r"\n?[^\n]*", _escape(text)):
+            for start in range(0, len(line), _SENTENCE_BYTES // 4):
+                yield line[start : start + _SENTENCE_BYTES // 4]
+
+
+def _explain(error: str, vocab_size: int) -> str:
+    """One sentence for what SentencePiece's trainer says in its own way."""
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"A SentencePiece vocabulary on this text has at least {match.group(1)} ids (its frequent characters, 256 "
+            f"bytes and two marks), and {vocab_size} were asked for."
+        )
+    if match := re.search(r"Vocabulary size too high.*<= (\d+)", error):
+        return (
+            f"The text gives SentencePiece a vocabulary of at most {match.group(1)} ids, and {vocab_size} were asked "
+            "for; use more text or a smaller vocabulary."
+        )
+    if "sentences_.empty()" in error:
+        return "SentencePiece found no text to learn from; give it at least one sentence."
+    return f"SentencePiece could not be trained: {' '.join(error.split())}"
