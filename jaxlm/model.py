@@ -59,6 +59,11 @@ def forward(
     return Decoder(config).apply({"params": params}, tokens_BT, dropout_key)
 
 
+def count_parameters(params: Params) -> int:
+    """How many numbers there are in the parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 class Decoder(nn.Module):
     """Embedding and positions, `num_layers` blocks, a final LayerNorm, an untied head."""
 
@@ -93,7 +98,9 @@ class Block(nn.Module):
             for name in ("query", "key", "value")
         )
         attended_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout_rate=rate, dropout_key=keys[0])
-        x_BTD = x_BTD + dropout(_dense(config.width, "attention_output")(attended_BTHK.reshape(x_BTD.shape)), rate, keys[1])
+        x_BTD = x_BTD + dropout(
+            _dense(config.width, "attention_output")(attended_BTHK.reshape(x_BTD.shape)), rate, keys[1]
+        )
         h_BTF = nn.relu(_dense(config.feed_forward_width, "mlp_up")(_layer_norm("mlp_norm")(x_BTD)))
         return x_BTD + dropout(_dense(config.width, "mlp_down")(h_BTF), rate, keys[2])
 

@@ -10,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -17,7 +18,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -42,7 +43,8 @@ _HUB_SPEC = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)
 _HUB_TIMEOUT = 10.0  # seconds; the hub's client would wait for ever
 _ALTERNATIVE = "give a local .parquet, .jsonl or .txt file, or `builtin`"
 _BATCH_ROWS = 64
-_BUFFER_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,9 @@ class LocalFile:
         name = self.path.name.lower()
         with _reading(self.path), self.path.open("rb") as handle:
             if name.endswith(".parquet"):
-                file = _open_parquet(handle, str(self.path))
-                with _parquet_errors(str(self.path), OSError):
+                # With a buffer a row group is read by the page, so a file that is one huge row group is no trouble.
+                file = _open_parquet(handle, str(self.path), buffer_size=1 << 20)
+                with _parquet_errors(str(self.path)):
                     yield from _texts(file.iter_batches(_BATCH_ROWS, columns=["text"]), str(self.path))
             elif name.endswith(".jsonl.gz"):
                 with gzip.open(handle) as unpacked:
@@ -137,15 +140,15 @@ class LocalFile:
             elif name.endswith(".jsonl"):
                 yield from _jsonl_texts(_lines(handle, self.path), self.path)
             else:
-                for blank, lines in groupby(_lines(handle, self.path), _is_blank if not self.whole else bool):
-                    if self.whole or not blank:
-                        yield "".join(lines).strip("\r\n")
+                lines = _lines(handle, self.path)
+                for document in [lines] if self.whole else _cut(lines):
+                    yield "".join(document).strip("\r\n")
 
     def identity(self) -> dict[str, Any]:
-        """Path, size in bytes and time of the last change in ns. Raises InputError if the file is gone."""
+        """Path, size (bytes), time of the last change (ns), way of cutting. Raises InputError if the file is gone."""
         with _reading(self.path):
             status = self.path.stat()
-        return {"path": str(self.path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        return {"path": str(self.path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "whole": self.whole}
 
 
 @contextmanager
@@ -201,7 +204,7 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
 
-def _lines(handle: IO[bytes], path: Path) -> Iterator[str]:
+def _lines(handle: Iterable[bytes], path: Path) -> Iterator[str]:
     """Lines with their ends, `\\n` alone ending a line; a byte order mark is no text."""
     offset = 0
     for line in handle:
@@ -216,55 +219,66 @@ def _lines(handle: IO[bytes], path: Path) -> Iterator[str]:
         offset += len(line)
 
 
-def _is_blank(line: str) -> bool:
-    return not line or line.isspace()
+def _cut(lines: Iterable[str]) -> Iterator[Iterable[str]]:
+    return (document for blank, document in groupby(lines, str.isspace) if not blank)
 
 
 def _jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
-        if _is_blank(line):
+        if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{where} is not JSON; each line must be one JSON object with a field `text`.") from None
-        if not isinstance(record, dict) or "text" not in record:
-            raise InputError(f"{where} has no field `text`; each line must be one JSON object with that field.")
-        text = record["text"]
-        if not isinstance(text, str):
-            raise InputError(f"{where} has a field `text` that is no string; put the document there as a string.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
+            text = _jsonl_text(line)
+        except ValueError as problem:
             raise InputError(
-                f"{where} holds the lone surrogate U+{ord(text[error.start]):04X} in `text`, which no UTF-8 text can; "
-                "remove it."
+                f'{path}, line {number} {problem}; write each document as {{"text": "..."}} on its own line.'
             ) from None
         yield text
+
+
+def _jsonl_text(line: str) -> str:
+    """The field `text` of a line of JSON. Raises ValueError with what is wrong with the line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(record, dict) or "text" not in record:
+        raise ValueError("has no field `text`")
+    text = record["text"]
+    if not isinstance(text, str):
+        raise ValueError("has a field `text` that is no string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds the lone surrogate U+{ord(text[error.start]):04X} in its `text`") from None
+    return text
 
 
 # ---- parquet, wherever it lies
 
 
 @contextmanager
-def _parquet_errors(name: str, *also: type[Exception]) -> Iterator[None]:
+def _parquet_errors(name: str) -> Iterator[None]:
     import pyarrow as pa
 
     try:
         yield
-    except (pa.ArrowException, *also) as error:
-        raise InputError(f"{name} is not a whole parquet file ({_reason(error)}); download or write it again.") from None
+    except (pa.ArrowException, OSError) as error:
+        # Arrow says with a plain OSError that it cannot decode; the subclasses come from the disk or the network.
+        if isinstance(error, OSError) and type(error) is not OSError:
+            raise
+        raise InputError(
+            f"{name} is not a whole parquet file ({_reason(error)}); download or write it again."
+        ) from None
 
 
-def _open_parquet(handle: IO[bytes], name: str) -> pq.ParquetFile:
+def _open_parquet(handle: IO[bytes], name: str, buffer_size: int = 0) -> pq.ParquetFile:
     """A parquet file with a column `text` of strings. Raises InputError if it is none or has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _parquet_errors(name):
-        # A buffer, so that a file of one big row group isn't read at once.
-        file = pq.ParquetFile(handle, buffer_size=_BUFFER_BYTES)
+        file = pq.ParquetFile(handle, buffer_size=buffer_size, pre_buffer=False)
         schema = file.schema_arrow
     if "text" not in schema.names:
         raise InputError(f"{name} has no column `text`, only {', '.join(schema.names)}; rename the one that holds it.")
@@ -323,14 +337,17 @@ class HubFile:
             def remote() -> pq.ParquetFile:
                 from huggingface_hub import HfFileSystem
 
-                # Read-ahead would fetch row groups and columns that nobody asked for.
-                hub = HfFileSystem(endpoint=_endpoint())
+                # Read-ahead would fetch row groups and columns that nobody asked for. A file system from fsspec's
+                # cache of instances knows the repository already, and first learns from a read, half a minute of
+                # retries later, that the hub is out of reach.
+                hub = HfFileSystem(endpoint=_endpoint(), skip_instance_cache=True)
                 return _open_parquet(stack.enter_context(hub.open(name, cache_type="none", size=self.size)), name)
 
             def row_group(index: int) -> pa.Table:
                 path = cached / f"{index:05d}.parquet"
                 try:
-                    return pq.ParquetFile(path).read()
+                    with pq.ParquetFile(path) as file:
+                        return file.read()
                 except (OSError, pa.ArrowException):  # not there yet, or cut short when the machine went down
                     pass
                 with _hub_errors(self.repository, self.revision), _parquet_errors(name):
@@ -349,13 +366,7 @@ class HubFile:
 
     def identity(self) -> dict[str, Any]:
         """What the file is on the hub, at its commit."""
-        return {
-            "repository": self.repository,
-            "revision": self.revision,
-            "path": self.path,
-            "size": self.size,
-            "oid": self.oid,
-        }
+        return asdict(self)
 
 
 def _hub_files(spec: str) -> tuple[HubFile, ...]:
@@ -382,6 +393,7 @@ def _hub_files(spec: str) -> tuple[HubFile, ...]:
             commit = _load_json(known)
             if commit is None:
                 raise
+            logger.warning("The hub is out of reach; %s of %s is taken to be %s still.", revision, repository, commit)
     listing = _cache_path("listings", repository, commit, folder).with_suffix(".json")
     entries = _load_json(listing)
     if entries is None:
@@ -416,7 +428,8 @@ def _list_parquet(api: HfApi, repository: str, commit: str, folder: str) -> list
 
 
 def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None
+    """The server to ask; None for the public one."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
 @contextmanager
@@ -429,7 +442,7 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
     except errors.GatedRepoError:
         problem = f"The dataset {repository} is gated: accept its terms on its page and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
-        problem = f"The hub has no dataset {repository} that you may read: check the name, set HF_TOKEN if it is private"
+        problem = f"The hub shows no dataset {repository}: check the name, set HF_TOKEN if it is private"
     except errors.RevisionNotFoundError:
         problem = f"The dataset {repository} has no revision {revision!r}: check the name"
     except (errors.EntryNotFoundError, FileNotFoundError):
@@ -447,8 +460,8 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says, without a full stop."""
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    """The first sentence of what an error says, without its full stop."""
+    return re.split(r"\.?\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
 # ---- what is kept of the hub
@@ -485,6 +498,6 @@ def _replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"The cache {cache_directory()} cannot be written ({error.strerror or error}); set the environment variable "
-            "JAXLM_CACHE to a folder that can."
+            f"The cache {cache_directory()} cannot be written ({error.strerror or error}); set the environment "
+            "variable JAXLM_CACHE to a folder that can."
         ) from None

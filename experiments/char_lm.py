@@ -1,0 +1,69 @@
+"""A character-level language model on French text: from raw documents to a sampled model.
+
+    python -m experiments.char_lm
+    python -m experiments.char_lm --preset seed --corpus articles.parquet
+    python -m experiments.char_lm --sample "La ville de"
+
+Rerunning the same command continues an interrupted run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from experiments.command_line import program
+from experiments.language_model import Sampling, sample_run, train_and_show
+from jaxlm.data.documents import open_corpus
+from jaxlm.data.shards import survey_corpus, train_documents
+from jaxlm.model import ModelConfig
+from jaxlm.optimizers import OptimizerConfig
+from jaxlm.runs import Run
+from jaxlm.tokenizers import CharTokenizer
+from jaxlm.training import TrainConfig, run_identity
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains a character-level language model, or samples from one."""
+
+    preset: Literal["quick", "seed"] = "quick"  # the settings that the other flags override
+    workdir: str = "runs/char_lm"  # the run directory; the same command continues the run in it
+    corpus: str = "builtin"  # builtin, a file, a folder, a glob, or hf://datasets/wikimedia/wikipedia/20231101.fr
+    corpus_bytes: int | None = None  # take the first so many bytes of text
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=98))
+    training: TrainConfig = field(default_factory=TrainConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+PRESETS = {
+    "quick": Config(
+        model=ModelConfig(vocab_size=98, dropout=0.1),
+        training=TrainConfig(
+            steps=500,
+            batch_size=16,
+            optimizer=OptimizerConfig(
+                learning_rate=3e-3, schedule="cosine", warmup_steps=50, beta2=0.99, weight_decay=0.1, decay="matrices",
+                clip_norm=1.0,
+            ),
+            eval_every=100, sample_every=250, checkpoint_every=100,
+        ),
+    ),
+    "seed": Config(preset="seed", workdir="runs/char_lm-seed", training=TrainConfig(steps=73_000)),
+}  # fmt: skip
+
+
+def main(config: Config) -> None:
+    if config.sampling.sample is not None:
+        sample_run(config.workdir, config.sampling, config.training.seed)
+        return
+    corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
+    survey = survey_corpus(corpus)
+    settings = {"kind": "char", "vocab_size": config.model.vocab_size}
+    run = Run(config.workdir, run_identity(survey.fingerprint, settings, config.model, config.training))
+    tokenizer = run.tokenizer() or CharTokenizer.train(train_documents(corpus, survey), config.model.vocab_size)
+    train_and_show(run, corpus, survey, tokenizer, config.model, config.training)
+
+
+if __name__ == "__main__":
+    program("experiments.char_lm", PRESETS, main)

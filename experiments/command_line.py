@@ -1,0 +1,86 @@
+"""What the experiments share at the command line: typed flags with presets, and how a program ends.
+
+Exit status: 0 done; 1 the run failed; 2 bad input, said in one sentence; 130 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+from rich.console import Console
+
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import RunFailed, RunInterrupted
+
+Config = TypeVar("Config")
+_MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def program(module: str, presets: Mapping[str, Config], main: Callable[[Config], None]) -> NoReturn:
+    """Parses the flags of `python -m module`, runs `main` and exits with the status that says how it went."""
+    arguments = sys.argv[1:]
+    command = shlex.join(["python", "-m", module, *arguments])
+    try:
+        main(parse(arguments, presets, f"python -m {module}"))
+    except InputError as error:
+        _end(2, str(error))
+    except RunInterrupted as error:
+        _end(130, f"{error} Continue with: {command}")
+    except KeyboardInterrupt:
+        _end(130, f"Interrupted; what was saved before is kept. Start again with: {command}")
+    except RunFailed as error:
+        _end(1, str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _end(1, f"Writing failed: {error.strerror} ({error.filename}); make room and run the same command again.")
+    sys.exit(0)
+
+
+def parse(arguments: Sequence[str], presets: Mapping[str, Config], name: str) -> Config:
+    """The preset that `--preset` names (the first if none does), overridden by the other flags.
+
+    Raises:
+      InputError: an unknown flag or preset, or a value that doesn't fit, in one sentence.
+    """
+    preset = next(iter(presets))
+    for index, argument in enumerate(arguments):
+        if argument == "--preset" and index + 1 < len(arguments):
+            preset = arguments[index + 1]
+        elif argument.startswith("--preset="):
+            preset = argument.removeprefix("--preset=")
+    if preset not in presets:
+        raise InputError(f"There is no preset {preset!r}; there are {', '.join(presets)}.")
+    default: Any = presets[preset]
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(type(default), prog=name, args=list(arguments), default=default, config=_MARKERS)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise InputError(f"{_unboxed(boxed.getvalue())}; see {name} --help.") from None
+
+
+def _unboxed(box: str) -> str:
+    """The first paragraph of one of tyro's boxes, as one line."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│ ")
+        if not text or set(text) <= set("─╰╯"):
+            break
+        lines.append(text)
+    return " ".join(lines).rstrip(".")
+
+
+def _end(status: int, message: str) -> NoReturn:
+    _errors.print(message, style="red" if status in (1, 2) else "yellow", markup=False)
+    sys.exit(status)

@@ -1,0 +1,94 @@
+"""What every experiment does with a corpus, a tokenizer and a model: train, evaluate, show, sample."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+from rich.table import Table
+
+from jaxlm.data.documents import Corpus
+from jaxlm.data.shards import Survey, TokenizedCorpus, tokenize_corpus
+from jaxlm.model import ModelConfig, init
+from jaxlm.reports.figures import learning_curve
+from jaxlm.reports.tables import parameter_table
+from jaxlm.runs import Run, byte_progress, console, environment, read_metrics
+from jaxlm.sampling import sample_text
+from jaxlm.tokenizers.base import InputError, Tokenizer
+from jaxlm.training import TrainConfig, evaluate_run, load_trained, train
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Text from a run that is there already."""
+
+    sample: str | None = None  # print how this text goes on, instead of training
+    num_tokens: int = 300  # tokens to sample
+    temperature: float = 0.8  # below 1 more probable text, 0 the most probable token each time
+    top_k: int | None = None  # draw from the most probable tokens alone
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise InputError(f"num_tokens is at least 1, not {self.num_tokens}.")
+
+
+def train_and_show(
+    run: Run, corpus: Corpus, survey: Survey, tokenizer: Tokenizer, model: ModelConfig, config: TrainConfig
+) -> None:
+    """Trains to the end (or on, if the run is there), scores all held-out text, and draws the learning curve."""
+    console.print(f"{survey.documents:,} documents, {survey.bytes:,} bytes, the last 10 % held out")
+    data = tokenize(corpus, survey, tokenizer)
+    console.print(
+        f"{tokenizer.kind} tokenizer: {tokenizer.vocab_size:,} ids, {data.train.bytes_per_token:.3f} bytes per token, "
+        f"{len(data.train):,} training tokens"
+    )
+    console.print(parameters_of(model))
+    train_run(run, tokenizer, data, model, config)
+    figure = run.path / "learning_curve.png"
+    metrics = read_metrics(run.path)
+    learning_curve(metrics, figure, title=f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids")
+    final = metrics[-1]
+    console.print(
+        f"\n{final['final/documents']} held-out documents: [bold]{final['final/bits_per_byte']:.4f}[/] "
+        f"± {final['final/bits_per_byte_se'] or float('nan'):.4f} bits per byte, {final['final/loss']:.4f} nats per token"
+        f"\n{final['tokens'] / final['seconds']:,.0f} tokens/s, {final['seconds']:,.0f} s of training; figure: {figure}"
+    )
+
+
+def tokenize(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Token shards of the corpus, with a progress bar while they are made."""
+    with byte_progress("tokenizing", survey.bytes) as progress:
+        advance = partial(progress.advance, progress.task_ids[0])
+        return tokenize_corpus(corpus, survey, tokenizer, on_document=advance)
+
+
+def train_run(run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelConfig, config: TrainConfig) -> None:
+    """Trains and evaluates one run, whatever of it is done already."""
+    run.start(tokenizer, environment([str(device) for device in jax.devices()]))
+    state = train(run, tokenizer, data, model, config)
+    evaluate_run(run, tokenizer, data, model, config, state)
+
+
+def parameters_of(model: ModelConfig) -> Table:
+    """The table of a model's parameters, which aren't computed for it."""
+    return parameter_table(jax.eval_shape(partial(init, model), jax.random.key(0)))
+
+
+def sample_run(workdir: str, sampling: Sampling, seed: int) -> None:
+    """Streams text from the run in `workdir` to the terminal."""
+    assert sampling.sample is not None
+    tokenizer, model, params = load_trained(Path(workdir))
+    pieces = sample_text(
+        params, model, tokenizer, sampling.sample, key=jax.random.key(seed), num_tokens=sampling.num_tokens,
+        temperature=sampling.temperature, top_k=sampling.top_k,
+    )  # fmt: skip
+    first = next(pieces, "")  # whatever is wrong with the settings is said before anything is printed
+    console.print(sampling.sample, style="bold", end="", markup=False, soft_wrap=True)
+    for piece in itertools.chain([first], pieces):
+        console.print(piece, end="", markup=False, soft_wrap=True)
+        sys.stdout.flush()
+    console.print()

@@ -1,0 +1,121 @@
+"""Figures, as PNG files, from run directories and token lists alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no window, no display needed
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxlm.reports.tables import TOKEN_COLOURS, visible
+
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
+
+
+def learning_curve(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Training loss, and held-out bits per byte with its standard error, against source bytes seen."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    losses = [line for line in metrics if line.get("train/loss") is not None]
+    left.plot(
+        [line["bytes"] / 1e6 for line in losses], [line["train/loss"] for line in losses], color=_COLOURS[0], lw=0.8
+    )
+    _label(left, "source bytes seen (MB)", "training loss (nats per token)")
+    _held_out(right, metrics, _COLOURS[1], None)
+    _label(right, "source bytes seen (MB)", "held-out bits per byte")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def comparison_figure(arms: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Left: loss per token, which misleads; middle: bits per byte; right: bits per byte as training goes on."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", width_ratios=(1, 1, 1.5))
+    names = list(arms)
+    finals = [metrics[-1] for metrics in arms.values()]
+    colours = [_COLOURS[index % len(_COLOURS)] for index in range(len(names))]
+    losses = [final["final/loss"] for final in finals]
+    scores = [final["final/bits_per_byte"] for final in finals]
+    errors = [final["final/bits_per_byte_se"] or 0.0 for final in finals]
+    axes[0].bar(names, losses, color=colours, width=0.6)
+    axes[0].bar_label(axes[0].containers[0], fmt="%.2f", padding=2)
+    axes[0].set_title("nats per token: different units")
+    axes[1].bar(names, scores, yerr=errors, color=colours, width=0.6, capsize=5)
+    axes[1].bar_label(axes[1].containers[-1], fmt="%.3f", padding=2)
+    axes[1].set_title("bits per byte: one unit (± standard error)")
+    for axis, values in ((axes[0], losses), (axes[1], scores)):
+        axis.set_ylim(0, 1.15 * max(values))
+        _label(axis, "", "")
+        axis.grid(axis="x", visible=False)
+    for (name, metrics), colour in zip(arms.items(), colours, strict=True):
+        _held_out(axes[2], metrics, colour, name)
+    axes[2].set_title("held-out bits per byte during training")
+    _label(axes[2], "source bytes seen (MB)", "")
+    axes[2].legend(frameon=False)
+    _save(figure, path)
+
+
+def tokenizer_figure(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    sentence: str,
+    tokenized: Mapping[str, Sequence[bytes]],
+    path: Path,
+) -> None:
+    """Above: bytes per token against vocabulary size; below: one sentence in coloured tokens under each tokenizer."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained", height_ratios=(1.6, 1))
+    for index, (name, (sizes, ratios)) in enumerate(curves.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        marker = "o" if len(sizes) < 3 else None
+        above.plot(sizes, ratios, label=name, color=colour, marker=marker, markersize=8)
+    _label(above, "vocabulary size", "held-out bytes per token")
+    above.legend(frameon=False)
+    _token_strips(below, tokenized)
+    below.set_title(f"« {sentence} »", fontsize=10)
+    _save(figure, path)
+
+
+def _token_strips(axis: Axes, tokenized: Mapping[str, Sequence[bytes]]) -> None:
+    """One row of coloured boxes a tokenizer, a character as wide in each."""
+    for row, (name, tokens) in enumerate(tokenized.items()):
+        left = 0.0
+        for index, token in enumerate(tokens):
+            shown = visible(token)
+            colour = TOKEN_COLOURS[index % len(TOKEN_COLOURS)]
+            axis.barh(-row, len(shown), left=left, height=0.62, color=colour, edgecolor="white", linewidth=1)
+            axis.text(
+                left + len(shown) / 2, -row, shown, ha="center", va="center", fontsize=8.5, family="DejaVu Sans Mono"
+            )
+            left += len(shown)
+        axis.text(-0.8, -row, f"{name}  ({len(tokens)})", ha="right", va="center", fontsize=9)
+    axis.axis("off")
+
+
+def _held_out(axis: Axes, metrics: Sequence[Mapping[str, Any]], colour: str, name: str | None) -> None:
+    lines = [line for line in metrics if line.get("eval/bits_per_byte") is not None]
+    axis.errorbar(
+        [line["bytes"] / 1e6 for line in lines],
+        [line["eval/bits_per_byte"] for line in lines],
+        yerr=[line["eval/bits_per_byte_se"] or 0.0 for line in lines],
+        color=colour, label=name, marker="o", markersize=3.5, elinewidth=0.8, capsize=2,
+    )  # fmt: skip
+
+
+def _label(axis: Axes, x: str, y: str) -> None:
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
+    figure.savefig(temporary, dpi=140)
+    plt.close(figure)
+    temporary.replace(path)

@@ -1,0 +1,219 @@
+"""The run directory: what identifies the run, its metrics, its samples, and the progress shown meanwhile.
+
+    config.json  tokenizer/  metrics.jsonl  tensorboard/  samples.txt  checkpoints/
+
+Rerunning the same command continues a run; a command with another identity is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
+
+CONFIG_FILE, METRICS_FILE, SAMPLES_FILE = "config.json", "metrics.jsonl", "samples.txt"
+_FORMAT = 1
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+console = Console(highlight=False)
+
+
+class Run:
+    """A run directory. Opening it writes nothing; `start` does.
+
+    Args:
+      path: the directory, which need not exist.
+      identity: what makes two runs the same: JSON-able, nested; equal identities on the same machine give equal bits.
+
+    Raises:
+      InputError: a run of another identity is there (the message names the fields that differ), its config can't be
+        read, or the directory can't be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.identity = json.loads(json.dumps(identity))
+        self.exists = (self.path / CONFIG_FILE).exists()
+        if self.exists:
+            found = read_config(self.path)["identity"]
+            differing = [
+                f"{name} ({_show(there)} there, {_show(asked)} asked for)"
+                for name, there, asked in _differences(found, self.identity)
+            ]
+            if differing:
+                raise InputError(
+                    f"{self.path} holds another run, which differs in {', '.join(differing)}; choose another --workdir "
+                    "or repeat its settings."
+                )
+        _check_writable(self.path)
+        self._board: tensorboardX.SummaryWriter | None = None
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of an existing run; None for a new one."""
+        return load_tokenizer(self.path / "tokenizer") if self.exists else None
+
+    def start(self, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:
+        """Writes the tokenizer and the config of a new run; a changed environment of an existing one is said."""
+        config = {"version": _FORMAT, "identity": self.identity, "environment": environment}
+        if not self.exists:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(self.path / "tokenizer")
+            config["tokenizer_hash"] = tokenizer.hash
+            _write_json(self.path / CONFIG_FILE, config)
+            self.exists = True
+            return
+        stored = read_config(self.path)
+        if stored["tokenizer_hash"] != tokenizer.hash:
+            raise InputError(
+                f"The tokenizer in {self.path} has the hash {tokenizer.hash[:12]}, and the run was made with "
+                f"{stored['tokenizer_hash'][:12]}; put the right one back or choose another --workdir."
+            )
+        for name, there, now in _differences(stored["environment"], environment):
+            console.print(f"[yellow]{name} was {there} and is {now} now: results may differ in the last bits.[/]")
+
+    def rewind(self, log_sizes: dict[str, int], step: int) -> None:
+        """Cuts the logs back to the sizes (bytes) that they had at `step`, and opens them for what follows."""
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            path = self.path / name
+            if path.exists():
+                os.truncate(path, min(path.stat().st_size, log_sizes.get(name, 0)))
+        self._board = tensorboardX.SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log_sizes(self) -> dict[str, int]:
+        """Bytes of each log, to be kept with a checkpoint."""
+        paths = {name: self.path / name for name in (METRICS_FILE, SAMPLES_FILE)}
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
+
+    def log(self, step: int, **values: float) -> None:
+        """Appends one line to metrics.jsonl (null for a number that isn't finite) and the same to TensorBoard."""
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        _append(self.path / METRICS_FILE, json.dumps({"step": step, **line}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if name not in ("tokens", "bytes", "seconds"):
+                    self._board.add_scalar(name, value, step)
+
+    def log_sample(self, step: int, text: str) -> None:
+        """Appends a sample to samples.txt."""
+        _append(self.path / SAMPLES_FILE, f"--- step {step}\n{text}\n")
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds back."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config of the run in a directory. Raises InputError if there is none, or it can't be read."""
+    file = Path(path) / CONFIG_FILE
+    try:
+        config = json.loads(file.read_bytes())
+        if config["version"] > _FORMAT:
+            raise InputError(f"{file} was written by a newer jaxlm; use that one.")
+        return config
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"There is no run in {path}; train one first, or give the directory of one.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise InputError(f"{file} is damaged; restore it, or choose another --workdir.") from None
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that was cut off is left out."""
+    file = Path(path) / METRICS_FILE
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def environment(devices: list[str]) -> dict[str, Any]:
+    """What equal bits depend on besides the identity: devices, cores and library versions."""
+    return {
+        "devices": devices,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _LIBRARIES},
+    }
+
+
+# ---- progress
+
+
+class _Fields(ProgressColumn):
+    """Figures of the training so far, as the loop gives them."""
+
+    def render(self, task: Any) -> str:  # type: ignore[override]
+        return task.fields.get("figures", "")
+
+
+def training_progress() -> Progress:
+    """A bar with step, loss, bits per byte, tokens per second and the time left. Nothing where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Fields(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def byte_progress(description: str, total_bytes: int) -> Progress:
+    """A bar for work that is measured in bytes; advance its only task."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    progress.add_task(description, total=total_bytes)
+    return progress
+
+
+# ---- files
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Raises InputError unless the directory, or the first of its parents that exists, can be written."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"The directory {path} can't be written; choose another --workdir.")
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*there, *asked}):
+        left, right = there.get(name), asked.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from _differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            yield f"{prefix}{name}", left, right
+
+
+def _show(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)

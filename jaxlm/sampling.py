@@ -1,0 +1,106 @@
+"""Generation: one token after another from a trained model, and the text as it grows.
+
+Shapes: T = context, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.model import ModelConfig, Params, forward
+from jaxlm.tokenizers.base import IdArray, InputError, Tokenizer
+
+
+def sample_text(
+    params: Params,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    key: jax.Array,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Iterator[str]:
+    """The text that follows `prompt`, piece by piece, until end-of-text or `num_tokens` tokens.
+
+    The model sees end-of-text, then the prompt, as at the beginning of a document. A piece is given out when it can no
+    longer change: never half a character.
+    """
+    end_of_text_id = tokenizer.end_of_text_id
+    if end_of_text_id is None:
+        raise InputError(
+            "The tokenizer has no end-of-text token, so there is no beginning of a document to start from."
+        )
+    prompt_ids = np.append(np.int32(end_of_text_id), tokenizer.encode(prompt, allowed_special="none"))
+    given = ""
+    ids: list[int] = []
+    for token_id in generate(params, config, prompt_ids, key=key, temperature=temperature, top_k=top_k):
+        if token_id == end_of_text_id or len(ids) == num_tokens:
+            break
+        ids.append(token_id)
+        # A character whose last bytes, or closing escape, are still to come shows as U+FFFD for now.
+        text = tokenizer.decode(ids).rstrip("\ufffd")
+        if len(text) > len(given):
+            yield text[len(given) :]
+            given = text
+    rest = tokenizer.decode(ids)[len(given) :]
+    if rest:
+        yield rest
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    prompt_ids: IdArray,
+    *,
+    key: jax.Array,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Iterator[int]:
+    """Token ids that follow a prompt of at least one, without end. Token i is drawn with the key folded with i.
+
+    Args:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: draws from the k most likely tokens alone; None from all.
+
+    Raises:
+      InputError: a negative temperature, or a top_k below 1 or above the vocabulary.
+    """
+    if not temperature >= 0 or temperature == float("inf"):
+        raise InputError(f"The temperature is a finite number of at least 0, not {temperature}.")
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise InputError(f"top_k is from 1 to the vocabulary's {config.vocab_size} ids, not {top_k}.")
+    ids = [int(token_id) for token_id in prompt_ids]
+    for index in range(10**9):
+        window = ids[-config.context :]
+        tokens_T = np.zeros(config.context, np.int32)
+        tokens_T[: len(window)] = window
+        next_id = _next_token(
+            params, config, top_k, tokens_T, len(window), jnp.float32(temperature), jax.random.fold_in(key, index)
+        )
+        ids.append(int(next_id))
+        yield ids[-1]
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _next_token(
+    params: Params,
+    config: ModelConfig,
+    top_k: int | None,
+    tokens_T: jax.Array,
+    length: jax.Array,
+    temperature: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Draws the token after the first `length` of `tokens_T`; causality hides the padding behind them."""
+    logits_V = forward(params, tokens_T[None], config)[0, length - 1]
+    if top_k is not None:
+        logits_V = jnp.where(logits_V >= jax.lax.top_k(logits_V, top_k)[0][-1], logits_V, -jnp.inf)
+    drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
