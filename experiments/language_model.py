@@ -15,7 +15,7 @@ from jaxlm.data.documents import Corpus
 from jaxlm.data.shards import Survey, TokenizedCorpus, tokenize_corpus
 from jaxlm.model import ModelConfig, init
 from jaxlm.reports.figures import learning_curve
-from jaxlm.reports.tables import parameter_table
+from jaxlm.reports.tables import deviation, parameter_table
 from jaxlm.runs import Run, byte_progress, console, environment, read_metrics
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
@@ -54,8 +54,8 @@ def train_and_show(
     final = metrics[-1]
     console.print(
         f"\n{final['final/documents']} held-out documents: [bold]{final['final/bits_per_byte']:.4f}[/] "
-        f"± {final['final/bits_per_byte_se'] or float('nan'):.4f} bits per byte, {final['final/loss']:.4f} nats per token"
-        f"\n{final['tokens'] / final['seconds']:,.0f} tokens/s, {final['seconds']:,.0f} s of training; figure: {figure}"
+        f"± {deviation(final)} bits per byte, {final['final/loss']:.4f} nats per token\n"
+        f"{final['tokens'] / final['seconds']:,.0f} tokens/s, {final['seconds']:,.0f} s of training; figure: {figure}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints through orbax: asynchronous, atomic, the last few and the best kept. All that is known of orbax is here."""
+"""Checkpoints through orbax: asynchronous, atomic, the last few and the best kept. What is known of orbax is here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _METRIC = "bits_per_byte"
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint is a pytree of arrays and a JSON-able record beside it. It appears under its step only when it is whole.
-    The latest `keep` are kept, and the one with the lowest bits per byte.
+    A checkpoint is a pytree of arrays and a JSON-able record beside it. It appears under its step only when it is
+    whole. The latest `keep` are kept, and the one with the lowest bits per byte.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2) -> None:

@@ -49,9 +49,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
         main = optax.cosine_decay_schedule(config.learning_rate, num_steps - config.warmup_steps, alpha=0.1)
     if not config.warmup_steps:
         return main
-    warmup = optax.linear_schedule(
-        config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps
-    )
+    first = config.learning_rate / config.warmup_steps
+    warmup = optax.linear_schedule(first, config.learning_rate, max(1, config.warmup_steps - 1))
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
@@ -68,5 +67,5 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def decay_mask(params: Any) -> Any:
-    """True for kernels; False for embeddings, positions, biases and gains, which decay has no reason to pull to zero."""
+    """True for kernels; False for embeddings, positions, biases and gains, which zero is no rest for."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -56,7 +56,7 @@ class Run:
                     f"{self.path} holds another run, which differs in {', '.join(differing)}; choose another --workdir "
                     "or repeat its settings."
                 )
-        _check_writable(self.path)
+        check_writable(self.path)
         self._board: tensorboardX.SummaryWriter | None = None
 
     def tokenizer(self) -> Tokenizer | None:
@@ -197,7 +197,7 @@ def _write_json(path: Path, data: Any) -> None:
     temporary.replace(path)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raises InputError unless the directory, or the first of its parents that exists, can be written."""
     existing = path.absolute()
     while not existing.exists():

@@ -118,7 +118,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "train/loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, optimizer_state), metrics
@@ -179,8 +179,9 @@ def train(
             loop.begin(progress)
             for batch in batches[loop.step : config.steps].to_iter_dataset(options):
                 state, metrics = compiled(state, jax.device_put(batch, divided))
-                loop.after_step(state, metrics, stop=signals.received)
-                if signals.received:
+                stop = signals.received
+                loop.after_step(state, metrics, stop=stop)
+                if stop:
                     raise RunInterrupted(f"Interrupted after step {loop.step}, which is saved.")
         return state
     finally:
@@ -189,7 +190,7 @@ def train(
 
 
 class _Loop:
-    """What happens between steps: metrics, evaluation, samples, checkpoints, and the clock that leaves out two of them."""
+    """What happens between steps: metrics, evaluation, samples, checkpoints, and the clock that leaves out two."""
 
     def __init__(
         self,

@@ -21,7 +21,8 @@ import grain
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.data.documents import Corpus, cache_directory
+from jaxlm.data.cache import cache_directory, load_json, not_writable, save_json
+from jaxlm.data.documents import Corpus
 from jaxlm.tokenizers.base import InputError, Tokenizer, content_hash
 
 SHARD_TOKENS = 1 << 26
@@ -61,10 +62,9 @@ def survey_corpus(corpus: Corpus) -> Survey:
       InputError: fewer than two documents, so that nothing could be held out; whatever reading the corpus raises.
     """
     remembered = cache_directory() / "surveys" / f"{content_hash([_FORMAT, corpus.stamp()])}.json"
-    try:
-        return Survey(**json.loads(remembered.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        pass
+    found = load_json(remembered)
+    if found is not None:
+        return Survey(**found)
     documents = total_bytes = 0
     digest = hashlib.sha256()
     for text in corpus.documents():
@@ -78,7 +78,7 @@ def survey_corpus(corpus: Corpus) -> Survey:
             "lines, or give more files."
         )
     survey = Survey(documents, total_bytes, digest.hexdigest())
-    _write_json(remembered, asdict(survey))
+    save_json(remembered, asdict(survey))
     return survey
 
 
@@ -198,7 +198,7 @@ def _write_shards(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise _not_writable(temporary, error) from None
+        raise not_writable(error) from None
     try:
         encoded = iter(_Documents(corpus.documents).map(lambda text: _encode(tokenizer, text)))
         splits = {}
@@ -224,11 +224,11 @@ def _write_shards(
             "corpus": {"spec": corpus.spec, "fingerprint": survey.fingerprint},
             "splits": splits,
         }
-        _write_json(temporary / _MANIFEST, manifest)
+        save_json(temporary / _MANIFEST, manifest)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except OSError as error:
-        raise _not_writable(folder, error) from None
+        raise not_writable(error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -318,20 +318,3 @@ class _DocumentIterator(grain.DatasetIterator[str]):
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[str, npt.NDArray[np.int32]]:
     # A document that happens to spell a special token has written it as plain text.
     return text, tokenizer.encode(text, allowed_special="none")
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise _not_writable(path, error) from None
-
-
-def _not_writable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{path.parent} can't be written ({error.strerror or error}); set the environment variable JAXLM_CACHE to a "
-        "folder that can."
-    )

@@ -28,8 +28,13 @@ def parameter_table(params: Any) -> Table:
     return table
 
 
-def token_text(tokens: Iterable[bytes]) -> Text:
-    """Tokens side by side, neighbours in different colours; spaces as dots, bytes that are no character as `\\xNN`."""
+def token_text(tokens: Iterable[bytes], *, colour: bool = True) -> Text:
+    """Tokens side by side, neighbours in different colours, or divided by bars where there is no colour.
+
+    Spaces show as dots, bytes that are no character as `\\xNN`.
+    """
+    if not colour:
+        return Text("|".join(visible(token) for token in tokens))
     text = Text()
     for index, token in enumerate(tokens):
         text.append(visible(token), style=f"black on {TOKEN_COLOURS[index % len(TOKEN_COLOURS)]}")
@@ -46,12 +51,13 @@ def comparison_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="the same text, the same number of source bytes")
     table.add_column("tokenizer")
     for name in (
-        "vocabulary", "parameters", "bytes/token", "source bytes", "updates", "loss/token", "bits/byte", "tokens/s", "seconds"
+        "vocabulary", "parameters", "bytes/token", "source bytes", "updates", "loss/token", "bits/byte", "tokens/s",
+        "seconds",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     best = min(arm["final/bits_per_byte"] for arm in arms.values())
     for name, arm in arms.items():
-        score = f"{arm['final/bits_per_byte']:.3f} ± {deviation(arm)}"
+        score = f"{arm['final/bits_per_byte']:.4f} ± {deviation(arm)}"
         table.add_row(
             name,
             f"{arm['vocab_size']:,}",
@@ -70,7 +76,7 @@ def comparison_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
 def deviation(arm: Mapping[str, Any]) -> str:
     """The standard error of an arm's bits per byte; a dash where a single document gives none."""
     error = arm["final/bits_per_byte_se"]
-    return "-" if error is None else f"{error:.3f}"
+    return "-" if error is None else f"{error:.4f}"
 
 
 def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:

@@ -216,7 +216,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     try:
         data = json.loads(path.read_bytes())
         version, stored_hash, kind = data.pop("version"), data.pop("hash"), data["kind"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"There is no tokenizer at {path}; give the directory that `save` wrote.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
         raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None

@@ -66,7 +66,7 @@ class BPETokenizer(Tokenizer):
         self._tokens = [bytes([byte]) for byte in range(256)]
         self._rank: dict[Pair, int] = {}
         for index, pair in enumerate(self.merges):
-            if not (0 <= min(pair) and max(pair) < 256 + index):
+            if not (min(pair) >= 0 and max(pair) < 256 + index):
                 raise InputError(f"Merge {index} joins the ids {pair}, which don't both exist before it.")
             if pair in self._rank:
                 raise InputError(f"Merge {index} joins the ids {pair}, as merge {self._rank[pair]} does already.")

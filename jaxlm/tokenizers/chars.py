@@ -22,6 +22,7 @@ from jaxlm.tokenizers.base import (
     IdArray,
     InputError,
     Tokenizer,
+    check_text,
     check_texts,
     special_token_ids,
 )
@@ -49,6 +50,7 @@ class CharTokenizer(Tokenizer):
         if missing:
             raise InputError(f"A CharTokenizer needs the hexadecimal digits; {''.join(sorted(missing))} are missing.")
         self.characters = "".join(characters)
+        check_text(self.characters)
         self.escape_id = len(self.characters)
         self.special_tokens = special_token_ids((END_OF_TEXT,), self.escape_id + 1)
         code_points = _code_points(self.characters)

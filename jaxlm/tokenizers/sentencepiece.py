@@ -2,8 +2,8 @@
 
 By default SentencePiece normalises text (NFKC, runs of spaces, a space in front), and it writes a space as U+2581, so
 that a literal U+2581 comes back as a space. Here normalisation is off, unknown characters fall back to bytes, and a
-literal U+2581 is escaped before SentencePiece sees it: U+2582 is the escape, "U+2582 ." stands for U+2581, and a doubled
-U+2582 for itself.
+literal U+2581 is escaped before SentencePiece sees it: U+2582 is the escape, "U+2582 ." stands for U+2581, and a
+doubled U+2582 for itself.
 """
 
 from __future__ import annotations
@@ -61,12 +61,21 @@ class SentencePieceTokenizer(Tokenizer):
         if model_type not in ("bpe", "unigram"):
             raise InputError(f"There is no SentencePiece model type {model_type!r}; known are bpe, unigram.")
         model = io.BytesIO()
+        failures: list[BaseException] = []
+
+        def sentences() -> Iterator[str]:
+            try:
+                yield from _sentences(check_texts(texts))
+            except (Exception, KeyboardInterrupt) as error:
+                failures.append(error)  # the trainer would keep its text alone
+                raise
+
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(check_texts(texts)),
+                sentence_iterator=sentences(),
                 model_writer=model,
                 model_type=model_type,
-                vocab_size=vocab_size,
+                vocab_size=max(vocab_size, 2),  # below, the trainer stops before it has counted what it needs
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
@@ -82,6 +91,8 @@ class SentencePieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except RuntimeError as error:
+            if failures:
+                raise failures[0] from None
             raise InputError(_explain(str(error), vocab_size)) from None
         trained = cls(model.getvalue())
         if trained.vocab_size != vocab_size:

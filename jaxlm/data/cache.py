@@ -1,0 +1,55 @@
+"""What is kept on disk between runs: token shards, surveys, and what was read from the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxlm.tokenizers.base import InputError
+
+
+def cache_directory() -> Path:
+    """The folder for all of it: the environment variable JAXLM_CACHE, or `~/.cache/jaxlm`."""
+    return Path(os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm").expanduser()
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file, or None if it isn't there or was cut short."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all. Raises InputError if the cache can't be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise not_writable(error) from None
+
+
+def not_writable(error: OSError) -> InputError:
+    """What is said when the cache can't be written."""
+    return InputError(
+        f"The cache {cache_directory()} can't be written ({error.strerror or error}); set the environment variable "
+        "JAXLM_CACHE to a folder that can."
+    )

@@ -1,0 +1,32 @@
+"""What all tests share: caches of their own, and no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import settings
+
+# The machines that run these tests differ in speed by far; a slow example is no failure.
+settings.register_profile("jaxlm", deadline=None)
+settings.load_profile("jaxlm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Programs that several tests compile are compiled once; subprocesses find them through the environment."""
+    folder = str(tmp_path_factory.mktemp("xla"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh folder for token shards and downloads."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("JAXLM_CACHE", str(folder))
+    return folder

@@ -1,0 +1,83 @@
+"""Checkpoints: the same bits back, the latest and the best kept, and only whole ones seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.checkpoints import Checkpoints, abstract
+
+
+def state(value: float) -> dict[str, Any]:
+    return {"weights": jnp.full((3, 5), value) / 3, "nested": {"step": jnp.int32(value)}}
+
+
+def steps(folder: Path) -> set[int]:
+    return {int(path.name) for path in folder.iterdir() if path.name.isdigit()}
+
+
+def test_state_and_record_come_back_as_they_were(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step is None
+    checkpoints.save(7, state(7), {"seconds": 1.5, "log_sizes": {"metrics.jsonl": 12}})
+    checkpoints.close()
+    reopened = Checkpoints(tmp_path)
+    assert reopened.latest_step == 7
+    restored, record = reopened.restore(state(0))
+    reopened.close()
+    assert record == {"seconds": 1.5, "log_sizes": {"metrics.jsonl": 12}}
+    np.testing.assert_array_equal(restored["weights"], state(7)["weights"])
+    assert int(restored["nested"]["step"]) == 7
+
+
+def test_a_state_donated_right_after_saving_is_saved_as_it_was(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    increase = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf + 1, s), donate_argnums=0)
+    current = {"weights": jnp.zeros((500, 500))}
+    checkpoints.save(1, current, {})
+    for _ in range(20):
+        current = increase(current)
+    restored, _ = checkpoints.restore({"weights": jnp.ones((500, 500))})
+    checkpoints.close()
+    np.testing.assert_array_equal(restored["weights"], np.zeros((500, 500)))
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, score in ((10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 2.5), (60, None)):
+        checkpoints.save(step, state(step), {}, bits_per_byte=score)
+    checkpoints.close()
+    assert steps(tmp_path) == {20, 50, 60}
+
+
+def test_a_save_that_was_cut_off_is_not_seen_and_is_cleared_away(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, state(10), {})
+    checkpoints.close()
+    half = tmp_path / "20.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "state").write_bytes(b"half")
+    reopened = Checkpoints(tmp_path)
+    assert reopened.latest_step == 10
+    reopened.close()
+
+
+def test_a_failed_save_is_raised_by_the_next_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, state(10), {})
+    with pytest.raises(TypeError):
+        checkpoints.save(20, state(20), {"not json": object()})
+        checkpoints.close()
+
+
+def test_abstract_keeps_shapes_and_types_and_sets_the_place() -> None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = abstract(state(1), sharding)
+    assert shapes["weights"].shape == (3, 5)
+    assert shapes["nested"]["step"].dtype == jnp.int32
+    assert shapes["weights"].sharding == sharding
