@@ -24,7 +24,7 @@ from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.reports.figures import comparison_figure
 from jaxlm.reports.tables import comparison_table
-from jaxlm.runs import Run, console, read_metrics
+from jaxlm.runs import Run, check_writable, console, read_metrics
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, run_identity
@@ -66,6 +66,7 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    check_writable(Path(config.workdir))
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     size = config.model.vocab_size

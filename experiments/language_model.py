@@ -16,7 +16,7 @@ from jaxlm.data.shards import Survey, TokenizedCorpus, tokenize_corpus
 from jaxlm.model import ModelConfig, init
 from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
-from jaxlm.runs import Run, byte_progress, console, environment, read_metrics
+from jaxlm.runs import Run, byte_progress, console, read_metrics
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
 from jaxlm.training import TrainConfig, evaluate_run, load_trained, train
@@ -68,7 +68,6 @@ def tokenize(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> TokenizedC
 
 def train_run(run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelConfig, config: TrainConfig) -> None:
     """Trains and evaluates one run, whatever of it is done already."""
-    run.start(tokenizer, environment([str(device) for device in jax.devices()]))
     state = train(run, tokenizer, data, model, config)
     evaluate_run(run, tokenizer, data, model, config, state)
 

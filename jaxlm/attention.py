@@ -50,8 +50,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 65_536)
-    return jnp.where(keep, x / (1.0 - rate), 0.0)
+    threshold = min(round(rate * 65_536), 65_535)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
+    return jnp.where(keep, x / (1.0 - threshold / 65_536), 0.0)
 
 
 def _attend(

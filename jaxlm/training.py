@@ -31,7 +31,7 @@ from jaxlm.evaluation import Evaluation, evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxlm.parallel import batch_sharding, data_mesh, replicated
-from jaxlm.runs import Run, console, read_config, read_metrics, training_progress
+from jaxlm.runs import Run, console, environment, read_config, read_metrics, training_progress
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
 
@@ -151,15 +151,18 @@ def train(
 ) -> TrainState:
     """Trains to `config.steps`, from the newest checkpoint of the run if it has one, and returns the last state.
 
-    Metrics are fetched one step late, so that the device has its next step before the host looks at the last one.
+    Nothing is written before all that can be wrong with the input has been checked. Metrics are fetched one step late,
+    so that the device has its next step before the host looks at the last one.
 
     Raises:
+      InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run.
       RunFailed: the loss or the gradients are no longer finite.
       RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
     mesh = data_mesh(config.batch_size)
     everywhere, divided = replicated(mesh), batch_sharding(mesh)
     batches = make_batches(data.train, context=model.context, batch_size=config.batch_size, seed=config.seed)
+    run.start(tokenizer, environment([str(device) for device in jax.devices()]))
     checkpoints = Checkpoints(run.path / "checkpoints", keep=config.keep_checkpoints)
     train_step = jax.jit(make_train_step(model, config), donate_argnums=0)
     loop = _Loop(run, tokenizer, data, model, config, checkpoints, sample_prompt)

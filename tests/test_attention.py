@@ -1,4 +1,4 @@
-"""The fast attention is the formula: the same values, the same gradients, and dropout that acts on the weights alone."""
+"""The fast attention is the formula: the same values, the same gradients, and dropout that acts on weights alone."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import pytest
 
 from jaxlm.attention import causal_attention, causal_attention_reference, dropout
 
+Float32 = npt.NDArray[np.float32]
+
 # Around the edges of the blocks of 64 queries: within one, exactly one, one more, several with a rest.
-LENGTHS = [1, 2, 7, 63, 64, 65, 128, 131]
-HEADS = [(1, 5), (2, 8), (4, 1)]  # how many, how wide
+LENGTHS = [1, 2, 63, 64, 65, 131]
+
+attend = jax.jit(causal_attention, static_argnames="dropout_rate")
 
 
-def random_inputs(seed: int, time: int, heads: int, width: int, batch: int = 2) -> tuple[jax.Array, ...]:
+def random_inputs(seed: int, time: int, heads: int, width: int, batch: int = 2) -> tuple[Float32, ...]:
     """q, k, v and a gradient to come from above, all of shape (B, T, H, K)."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    return tuple(jax.random.normal(key, (batch, time, heads, width)) for key in keys)
+    return tuple(np.random.default_rng(seed).normal(size=(4, batch, time, heads, width)).astype(np.float32))
 
 
 def attention_by_hand(q: npt.NDArray, k: npt.NDArray, v: npt.NDArray) -> npt.NDArray[np.float64]:
@@ -34,22 +36,22 @@ def attention_by_hand(q: npt.NDArray, k: npt.NDArray, v: npt.NDArray) -> npt.NDA
     return out
 
 
-def weights_of(q_BTHK: jax.Array, k_BTHK: jax.Array, rate: float, key: jax.Array | None) -> npt.NDArray[np.float32]:
+def weights_of(q_BTHK: Float32, k_BTHK: Float32, rate: float, key: jax.Array | None) -> Float32:
     """The attention weights that `causal_attention` used, (B, T, H, S): values that are the identity show them."""
     batch, time, heads, _ = q_BTHK.shape
     assert q_BTHK.shape[3] == time, "the identity needs heads as wide as the sequence is long"
-    identity = jnp.broadcast_to(jnp.eye(time)[None, :, None, :], (batch, time, heads, time))
-    return np.asarray(causal_attention(q_BTHK, k_BTHK, identity, dropout_rate=rate, dropout_key=key))
+    identity = np.broadcast_to(np.eye(time, dtype=np.float32)[None, :, None, :], (batch, time, heads, time))
+    return np.asarray(attend(q_BTHK, k_BTHK, identity, dropout_rate=rate, dropout_key=key))
 
 
-@pytest.mark.parametrize("attention", [causal_attention, causal_attention_reference])
-def test_the_formula_by_hand(attention: object) -> None:
-    q, k, v, _ = random_inputs(0, time=67, heads=2, width=3)
-    np.testing.assert_allclose(attention(q, k, v), attention_by_hand(q, k, v), atol=2e-6)
+def test_both_are_the_formula() -> None:
+    q, k, v, _ = random_inputs(0, time=65, heads=2, width=3)
+    expected = attention_by_hand(q, k, v)
+    np.testing.assert_allclose(attend(q, k, v), expected, atol=2e-6)
+    np.testing.assert_allclose(causal_attention_reference(q, k, v), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("time", LENGTHS)
-@pytest.mark.parametrize(("heads", "width"), HEADS)
+@pytest.mark.parametrize(("time", "heads", "width"), [*((time, 2, 3) for time in LENGTHS), (65, 1, 8), (7, 4, 1)])
 def test_equals_the_reference_in_values_and_gradients(time: int, heads: int, width: int) -> None:
     *qkv, above = random_inputs(time * 100 + heads, time, heads, width)
 
@@ -68,19 +70,21 @@ def test_equals_the_reference_in_values_and_gradients(time: int, heads: int, wid
 
 
 def test_large_scores_neither_overflow_nor_lose_their_gradients() -> None:
-    q, k, v, above = random_inputs(1, time=70, heads=1, width=4)
-    for attention in (causal_attention, causal_attention_reference):
-        values, pull_back = jax.vjp(attention, q * 300, k * 300, v)
-        assert np.isfinite(values).all()
-        assert all(np.isfinite(gradient).all() for gradient in pull_back(above))
+    q, k, v, above = random_inputs(1, time=65, heads=2, width=3)
+    values, pull_back = jax.vjp(attend, q * 300, k * 300, v)
+    assert np.isfinite(values).all()
+    assert all(np.isfinite(gradient).all() for gradient in pull_back(above))
 
 
 def test_the_first_position_sees_itself_alone_and_no_position_a_later_one() -> None:
-    q, k, v, _ = random_inputs(2, time=100, heads=2, width=4)
-    before = causal_attention(q, k, v)
+    q, k, v, _ = random_inputs(2, time=131, heads=2, width=3)
+    before = attend(q, k, v)
     np.testing.assert_allclose(before[:, 0], v[:, 0], rtol=1e-6)
-    for cut in (1, 63, 64, 99):
-        after = causal_attention(q, k.at[:, cut:].add(7.0), v.at[:, cut:].add(-3.0))
+    for cut in (1, 63, 64, 130):
+        later_k, later_v = k.copy(), v.copy()
+        later_k[:, cut:] += 7.0
+        later_v[:, cut:] -= 3.0
+        after = attend(q, later_k, later_v)
         np.testing.assert_array_equal(after[:, :cut], before[:, :cut])
         assert (after[:, cut:] != before[:, cut:]).all()
 
@@ -89,14 +93,14 @@ def test_the_first_position_sees_itself_alone_and_no_position_a_later_one() -> N
 
 
 def test_without_a_rate_or_without_a_key_nothing_changes() -> None:
-    q, k, v, _ = random_inputs(3, time=70, heads=2, width=4)
-    plain = causal_attention(q, k, v)
+    q, k, v, _ = random_inputs(3, time=65, heads=2, width=3)
+    plain = attend(q, k, v)
     key = jax.random.key(0)
-    np.testing.assert_array_equal(causal_attention(q, k, v, dropout_rate=0.5, dropout_key=None), plain)
-    np.testing.assert_array_equal(causal_attention(q, k, v, dropout_rate=0.0, dropout_key=key), plain)
-    assert dropout(q, 0.5, None) is q
-    assert dropout(q, 0.0, key) is q
-    assert not np.array_equal(causal_attention(q, k, v, dropout_rate=0.5, dropout_key=key), plain)
+    np.testing.assert_array_equal(attend(q, k, v, dropout_rate=0.5, dropout_key=None), plain)
+    np.testing.assert_array_equal(attend(q, k, v, dropout_rate=0.0, dropout_key=key), plain)
+    assert dropout(v, 0.5, None) is v
+    assert dropout(v, 0.0, key) is v
+    assert not np.array_equal(attend(q, k, v, dropout_rate=0.5, dropout_key=key), plain)
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.2, 0.5, 0.9])
@@ -117,8 +121,7 @@ def test_the_expectation_is_preserved(rate: float) -> None:
 
 
 def test_dropout_keeps_the_signs_and_the_gradient_is_the_mask() -> None:
-    x = jax.random.normal(jax.random.key(6), (50, 50))
-    key = jax.random.key(7)
+    x, key = np.random.default_rng(6).normal(size=(100, 100)).astype(np.float32), jax.random.key(7)
     mask = np.asarray(dropout(jnp.ones_like(x), 0.3, key))
     np.testing.assert_allclose(dropout(x, 0.3, key), x * mask, rtol=1e-6)
     np.testing.assert_array_equal(jax.grad(lambda x: dropout(x, 0.3, key).sum())(x), mask)
@@ -132,7 +135,7 @@ def test_the_same_key_gives_the_same_mask_and_another_key_another() -> None:
 
 
 def test_dropout_acts_on_the_attention_weights_each_by_itself() -> None:
-    time, rate = 130, 0.25
+    time, rate = 100, 0.25
     q, k, *_ = random_inputs(8, time, heads=2, width=time)
     plain = weights_of(q, k, 0.0, None)
     dropped = weights_of(q, k, rate, jax.random.key(9))
@@ -145,10 +148,10 @@ def test_dropout_acts_on_the_attention_weights_each_by_itself() -> None:
     assert kept[allowed].mean() == pytest.approx(1 - rate, abs=0.01)
     # Two masks drawn apart agree in (1 - rate)^2 + rate^2 of their entries, one drawn once and used twice in all.
     by_chance = (1 - rate) ** 2 + rate**2
-    both_blocks = allowed[:, :64] & allowed[:, 64:128]
+    both_blocks = allowed[:, :36] & allowed[:, 64:]
     for one, two, where in (
         (kept[0], kept[1], allowed[0]),
         (kept[:, :, 0], kept[:, :, 1], allowed[:, :, 0]),
-        (kept[:, :64], kept[:, 64:128], both_blocks),
+        (kept[:, :36], kept[:, 64:], both_blocks),
     ):
         assert (one == two)[where].mean() == pytest.approx(by_chance, abs=0.02)

@@ -63,7 +63,6 @@ def open_run(path: Path, fingerprint: str, config: TrainConfig = CONFIG) -> Run:
 def run_training(path: Path, data: tuple[CharTokenizer, TokenizedCorpus, str], config: TrainConfig) -> TrainState:
     tokenizer, tokens, fingerprint = data
     run = open_run(path, fingerprint, config)
-    run.start(tokenizer, {"devices": ["test"]})
     state = train(run, tokenizer, tokens, TINY, config, sample_prompt="le ")
     evaluate_run(run, tokenizer, tokens, TINY, config, state)
     return state
@@ -113,7 +112,6 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path: Pat
     # A fault at step 13, after the checkpoint of step 10: the three steps between are trained a second time.
     tokenizer, tokens, fingerprint = data
     run = open_run(tmp_path / "resumed", fingerprint)
-    run.start(tokenizer, {})
     log = run.log
 
     def fail_at_13(step: int, **values: float) -> None:
@@ -183,7 +181,6 @@ def test_a_signal_saves_and_stops(tmp_path: Path, data: tuple, monkeypatch: pyte
 
     tokenizer, tokens, fingerprint = data
     run = open_run(tmp_path / "run", fingerprint)
-    run.start(tokenizer, {})
     log = run.log
 
     def interrupt_at_7(step: int, **values: float) -> None:
@@ -256,7 +253,7 @@ def test_load_trained_without_a_checkpoint_says_so(tmp_path: Path, data: tuple) 
     [("steps", 0), ("batch_size", 0), ("log_every", 0), ("eval_documents", 0), ("checkpoint_every", 0), ("seed", -1)],
 )
 def test_settings_out_of_range_are_refused(field: str, value: int) -> None:
-    with pytest.raises(InputError, match="at least|from 0"):
+    with pytest.raises(InputError, match=r"at least|from 0"):
         TrainConfig(**{field: value})
 
 

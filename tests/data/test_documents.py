@@ -51,6 +51,11 @@ def write_parquet(path: Path, texts: Sequence[str | None], **options: object) ->
     return path
 
 
+def articles(seed: int, count: int) -> list[str]:
+    """Texts of 10 kB that don't compress."""
+    return [random.Random(seed * 1000 + i).randbytes(5000).hex() for i in range(count)]
+
+
 # ---- what each kind gives
 
 

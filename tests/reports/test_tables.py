@@ -1,0 +1,56 @@
+"""Tables say what is in the data."""
+
+from __future__ import annotations
+
+import io
+
+import jax.numpy as jnp
+from rich.console import Console, RenderableType
+
+from jaxlm.reports.tables import comparison_table, deviation, parameter_table, rows_table, token_text, visible
+
+
+def rendered(table: RenderableType) -> str:
+    output = io.StringIO()
+    Console(file=output, width=160).print(table)
+    return output.getvalue()
+
+
+def arm(**changes: object) -> dict[str, object]:
+    return {
+        "vocab_size": 98, "parameters": 453_986, "final/bytes_per_token": 1.0273, "bytes": 2_000_000, "step": 600,
+        "final/loss": 1.5, "final/bits_per_byte": 2.1234, "final/bits_per_byte_se": 0.0123, "tokens": 1_000_000,
+        "seconds": 50.0, **changes,
+    }  # fmt: skip
+
+
+def test_parameters_add_up() -> None:
+    text = rendered(parameter_table({"a": {"kernel": jnp.zeros((3, 5))}, "b": jnp.zeros(7)}))
+    assert "a/kernel" in text
+    assert "3 × 5" in text
+    assert "22" in text.splitlines()[-2]
+
+
+def test_comparison_has_a_row_an_arm() -> None:
+    text = rendered(
+        comparison_table({"char": arm(), "bpe": arm(**{"final/bits_per_byte_se": None, "vocab_size": 500})})
+    )
+    assert "2.1234 ± 0.0123" in text
+    assert "2.1234 ± -" in text
+    assert "20,000" in text
+    assert "453,986" in text
+    assert deviation(arm()) == "0.0123"
+
+
+def test_tokens_show_what_cannot_be_seen() -> None:
+    tokens = [b" le", b"\n", b"\xc3", "é".encode(), b""]
+    assert [visible(token) for token in tokens] == ["·le", "⏎", "\\xc3", "é", "␛"]
+    coloured = token_text(tokens)
+    assert coloured.plain == "·le⏎\\xc3é␛"
+    assert len({span.style for span in coloured.spans}) == 5
+    assert token_text(tokens, colour=False).plain == "·le|⏎|\\xc3|é|␛"
+
+
+def test_rows_line_up() -> None:
+    lines = rendered(rows_table(("name", "value"), [("a", "1"), ("bcd", "1,000")], "title")).splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1
