@@ -96,7 +96,7 @@ def score_documents(
         for window in document_windows(stream.document(index), end_of_text_id, context)
     )
     for owners, inputs_BT, targets_BT, scored_BT in _batched(windows, context):
-        window_nats = np.asarray(score_windows(inputs_BT, targets_BT), np.float64)
+        window_nats = np.asarray(score_windows(jnp.asarray(inputs_BT), jnp.asarray(targets_BT)), np.float64)
         np.add.at(nats, owners, np.where(scored_BT, window_nats, 0.0)[: len(owners)].sum(axis=1))
     return nats
 

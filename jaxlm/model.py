@@ -56,7 +56,8 @@ def forward(
 
     Dropout is on if there is a key. Logits at position t depend on tokens up to t alone.
     """
-    return Decoder(config).apply({"params": params}, tokens_BT, dropout_key)
+    logits_BTV: jax.Array = Decoder(config).apply({"params": params}, tokens_BT, dropout_key)  # type: ignore[assignment]
+    return logits_BTV
 
 
 def count_parameters(params: Params) -> int:

@@ -151,7 +151,7 @@ def environment(devices: list[str]) -> dict[str, Any]:
 class _Fields(ProgressColumn):
     """Figures of the training so far, as the loop gives them."""
 
-    def render(self, task: Any) -> str:  # type: ignore[override]
+    def render(self, task: Any) -> str:
         return task.fields.get("figures", "")
 
 

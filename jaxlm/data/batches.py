@@ -53,7 +53,7 @@ class Windows(grain.MapDataset[npt.NDArray[np.int32]]):
     def __len__(self) -> int:
         return self._num_windows
 
-    def __getitem__(self, index: int | slice) -> npt.NDArray[np.int32] | grain.MapDataset:  # type: ignore[override]
+    def __getitem__(self, index: int | slice) -> npt.NDArray[np.int32] | grain.MapDataset:
         if isinstance(index, slice):
             return self.slice(index)
         epoch, window = divmod(index, self._num_windows)

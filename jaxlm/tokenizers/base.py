@@ -11,6 +11,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -192,7 +193,7 @@ def special_token_ids(names: Sequence[str] | Mapping[str, int], first_id: int) -
         if token_id < first_id:
             raise InputError(f"The special token {name!r} has the id {token_id}, which an ordinary token has already.")
     for what, values in (("name", [name for name, _ in pairs]), ("id", [token_id for _, token_id in pairs])):
-        twice = [value for value in values if values.count(value) > 1]
+        twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
             raise InputError(f"The special-token {what} {twice[0]!r} is given twice; each needs its own.")
     return dict(pairs)

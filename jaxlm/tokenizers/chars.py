@@ -146,7 +146,7 @@ class CharTokenizer(Tokenizer):
         """
         spans, characters = [], []
         end = 0
-        for begin in np.flatnonzero(ids == self.escape_id):
+        for begin in np.flatnonzero(ids == self.escape_id).tolist():
             if begin < end:
                 continue  # the closing escape of the sequence before
             end = begin + 1
@@ -156,7 +156,7 @@ class CharTokenizer(Tokenizer):
                 end += 1
             closed = end < len(ids) and ids[end] == self.escape_id
             end += closed
-            spans.append((int(begin), int(end)))
+            spans.append((begin, end))
             characters.append(_character_of(digits) if closed else REPLACEMENT)
         return spans, characters
 

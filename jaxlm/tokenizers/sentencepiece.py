@@ -41,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             if not model:
-                raise RuntimeError  # what the processor says of any other model that it can't read
+                raise RuntimeError  # an empty model passes for no model at all
         except RuntimeError:
             raise InputError("The SentencePiece model can't be read; it is damaged or of another format.") from None
         pieces = range(self._processor.vocab_size())
