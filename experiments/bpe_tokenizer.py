@@ -105,7 +105,7 @@ def compression_table(tokenizers: dict[str, Tokenizer], texts: Sequence[str]) ->
         tokens = {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)} - {
             special.encode() for special in tokenizer.special_tokens
         }
-        longest = sorted(tokens, key=lambda token: (-len(token), token))[:4]
+        longest = sorted(tokens, key=lambda token: (-len(token), token))[:3]
         rows.append(
             (
                 name,

@@ -27,6 +27,8 @@ _FORMAT = 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 110  # tables that fit, in a file as on a screen
 
 
 class Run:

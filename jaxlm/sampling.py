@@ -44,8 +44,9 @@ def sample_text(
         if token_id == end_of_text_id or len(ids) == num_tokens:
             break
         ids.append(token_id)
-        # A character whose last bytes, or closing escape, are still to come shows as U+FFFD for now.
-        text = tokenizer.decode(ids).rstrip("\ufffd")
+        # A character whose last bytes, or closing escape, are still to come shows as U+FFFD for now; the mark that may
+        # open an escape of SentencePiece's as U+2582.
+        text = tokenizer.decode(ids).rstrip("\ufffd\u2582")
         if len(text) > len(given):
             yield text[len(given) :]
             given = text
@@ -101,6 +102,8 @@ def _next_token(
     """Draws the token after the first `length` of `tokens_T`; causality hides the padding behind them."""
     logits_V = forward(params, tokens_T[None], config)[0, length - 1]
     if top_k is not None:
-        logits_V = jnp.where(logits_V >= jax.lax.top_k(logits_V, top_k)[0][-1], logits_V, -jnp.inf)
+        # By index, not by the least logit among them, which tokens outside may share.
+        kept = jax.lax.top_k(logits_V, top_k)[1]
+        logits_V = jnp.full_like(logits_V, -jnp.inf).at[kept].set(logits_V[kept])
     drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))

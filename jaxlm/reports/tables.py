@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -48,13 +49,15 @@ def visible(token: bytes) -> str:
 
 def comparison_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row an arm, from the last line of its metrics."""
-    table = Table(title="the same text, the same number of source bytes")
+    num_bytes = max(arm["bytes"] for arm in arms.values())
+    table = Table(
+        title=f"the same text, the same number of source bytes: {num_bytes / 1e6:.1f} MB", box=box.SIMPLE_HEAD
+    )
     table.add_column("tokenizer")
     for name in (
-        "vocabulary", "parameters", "bytes/token", "source bytes", "updates", "loss/token", "bits/byte", "tokens/s",
-        "seconds",
+        "ids", "parameters", "bytes per\ntoken", "updates", "loss per\ntoken", "bits per byte", "tokens/s", "seconds"
     ):  # fmt: skip
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     best = min(arm["final/bits_per_byte"] for arm in arms.values())
     for name, arm in arms.items():
         score = f"{arm['final/bits_per_byte']:.4f} ± {deviation(arm)}"
@@ -63,7 +66,6 @@ def comparison_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{arm['vocab_size']:,}",
             f"{arm['parameters']:,}",
             f"{arm['final/bytes_per_token']:.2f}",
-            f"{arm['bytes']:,}",
             f"{arm['step']:,}",
             f"{arm['final/loss']:.3f}",
             f"[bold]{score}[/]" if arm["final/bits_per_byte"] == best else score,

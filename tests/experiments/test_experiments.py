@@ -29,7 +29,7 @@ TINY = (
 
 
 def test_char_lm_trains_shows_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--workdir", str(tmp_path / "run"), "--steps", "20", *TINY]
+    flags = ["--workdir", str(tmp_path / "run"), "--vocab-size", "80", "--steps", "20", *TINY]
     char_lm.main(parse(flags, char_lm.PRESETS, "x"))
     text = capsys.readouterr().out
     assert "bits per byte" in text
@@ -98,7 +98,7 @@ def test_compare_tokenizers_gives_every_arm_the_same_bytes(tmp_path: Path, capsy
 
 
 def start(workdir: Path, cache: Path) -> subprocess.Popen[str]:
-    flags = ["--workdir", str(workdir), "--steps", "60", *TINY]
+    flags = ["--workdir", str(workdir), "--vocab-size", "80", "--steps", "60", *TINY]
     command = [sys.executable, "-m", "experiments.char_lm", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "JAXLM_CACHE": str(cache)}, text=True,

@@ -38,6 +38,7 @@ def test_comparison_has_a_row_an_arm() -> None:
     assert "2.1234 ± 0.0123" in text
     assert "2.1234 ± -" in text
     assert "20,000" in text
+    assert "2.0 MB" in text
     assert "453,986" in text
     assert deviation(arm()) == "0.0123"
 

@@ -1,0 +1,173 @@
+"""AdamW is AdamW, the schedules are what they say, and nonsense is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm.model import ModelConfig, init
+from jaxlm.optimizers import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
+from jaxlm.tokenizers.base import InputError
+
+STEPS = 8
+
+
+def random_tree(seed: int, scale: float = 1.0) -> dict[str, Any]:
+    """Arrays under the names that a model's parameters have."""
+    random = np.random.default_rng(seed)
+    shapes = {"embedding": (5, 3), "kernel": (3, 4), "bias": (4,), "scale": (3,)}
+    return {name: {name: (scale * random.normal(size=shape)).astype(np.float32)} for name, shape in shapes.items()}
+
+
+def learning_rate_by_hand(config: OptimizerConfig, step: int) -> float:
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.schedule == "constant":
+        return peak
+    share = (step - warmup) / (STEPS - warmup)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
+
+
+def adamw_by_hand(config: OptimizerConfig, params: Any, gradients: list[Any]) -> dict[str, Any]:
+    """Loshchilov and Hutter 2019, algorithm 2, in float64."""
+    x = {name: leaf[name].astype(np.float64) for name, leaf in params.items()}
+    m, v = ({name: np.zeros_like(value) for name, value in x.items()} for _ in range(2))
+    for step, gradient in enumerate(gradients):
+        g = {name: leaf[name].astype(np.float64) for name, leaf in gradient.items()}
+        norm = math.sqrt(sum((value**2).sum() for value in g.values()))
+        if config.clip_norm is not None and norm > config.clip_norm:
+            g = {name: value * config.clip_norm / norm for name, value in g.items()}
+        for name in x:
+            m[name] = config.beta1 * m[name] + (1 - config.beta1) * g[name]
+            v[name] = config.beta2 * v[name] + (1 - config.beta2) * g[name] ** 2
+            m_hat = m[name] / (1 - config.beta1 ** (step + 1))
+            v_hat = v[name] / (1 - config.beta2 ** (step + 1))
+            decays = config.decay == "all" or name == "kernel"
+            pull = config.weight_decay * x[name] if decays else 0.0
+            x[name] = x[name] - learning_rate_by_hand(config, step) * (m_hat / (np.sqrt(v_hat) + 1e-8) + pull)
+    return {name: {name: value} for name, value in x.items()}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimizerConfig(),
+        OptimizerConfig(learning_rate=0.05, weight_decay=0.3, decay="matrices"),
+        OptimizerConfig(learning_rate=0.05, weight_decay=0.3, beta1=0.8, beta2=0.95, clip_norm=2.0),
+        OptimizerConfig(learning_rate=0.05, weight_decay=0.0, clip_norm=1e6),
+        OptimizerConfig(learning_rate=0.05, schedule="cosine", warmup_steps=3, decay="matrices", clip_norm=2.0),
+    ],
+    ids=["defaults", "decay of matrices", "clipping", "no clipping", "everything"],
+)
+def test_updates_are_those_of_adamw_by_hand(config: OptimizerConfig) -> None:
+    params = random_tree(0)
+    # Gradients on both sides of the clipping norm.
+    gradients = [random_tree(1 + step, scale=10.0 ** (step % 3 - 2)) for step in range(STEPS)]
+    optimizer = make_optimizer(config, STEPS)
+    update = jax.jit(optimizer.update)
+    found, state = params, optimizer.init(params)
+    for gradient in gradients:
+        updates, state = update(gradient, state, found)
+        found = optax.apply_updates(found, updates)
+    expected = adamw_by_hand(config, params, gradients)
+    for name in params:
+        np.testing.assert_allclose(found[name][name], expected[name][name], atol=1e-5, err_msg=name)
+        assert np.abs(expected[name][name] - params[name][name]).max() > 1e-4
+
+
+def test_clipping_keeps_the_direction_and_bounds_the_norm() -> None:
+    """Seen through Adam's first moment, a tenth of the first gradient."""
+    gradient = random_tree(1)
+    norm = math.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
+    for clip_norm in (0.5, 1e3):
+        optimizer = make_optimizer(OptimizerConfig(clip_norm=clip_norm), STEPS)
+        _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+        (moment,) = [part.mu for part in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(part)]
+        scale = min(1.0, clip_norm / norm)
+        jax.tree.map(lambda m, g, s=scale: np.testing.assert_allclose(m, 0.1 * s * g, rtol=1e-5), moment, gradient)
+
+
+def _is_adam(part: object) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)
+
+
+def test_the_decay_mask_picks_out_the_matrices_of_a_model() -> None:
+    params = jax.eval_shape(lambda key: init(ModelConfig(20), key), jax.random.key(0))
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    chosen = {"/".join(entry.key for entry in path) for path, decays in mask if decays}
+    layers = [f"block_{layer}/" for layer in range(2)]
+    names = ["query", "key", "value", "attention_output", "mlp_up", "mlp_down"]
+    assert chosen == {f"{layer}{name}/kernel" for layer in layers for name in names} | {"head/kernel"}
+    assert len(mask) > len(chosen)
+
+
+# ---- schedules
+
+
+def rates(num_steps: int, **settings: Any) -> list[float]:
+    """The learning rate before each update, and the one after the last."""
+    schedule = learning_rate_schedule(OptimizerConfig(**settings), num_steps)
+    return [float(schedule(jnp.int32(step))) for step in range(num_steps + 1)]
+
+
+def test_constant_means_constant() -> None:
+    assert rates(5, learning_rate=0.25) == [0.25] * 6
+
+
+def test_warm_up_rises_linearly_to_the_highest() -> None:
+    found = rates(20, learning_rate=0.4, warmup_steps=8)
+    np.testing.assert_allclose(found[:8], 0.05 * np.arange(1, 9), rtol=1e-5)
+    assert found[7:] == [pytest.approx(0.4)] * 14
+    assert rates(3, learning_rate=0.4, warmup_steps=1) == [pytest.approx(0.4)] * 4
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_cosine_falls_to_a_tenth(warmup: int) -> None:
+    found = rates(50, learning_rate=2.0, schedule="cosine", warmup_steps=warmup)
+    assert max(found) == found[warmup] == pytest.approx(2.0)
+    assert (np.diff(found[warmup:]) < 0).all()
+    assert found[warmup + (50 - warmup) // 2] == pytest.approx(1.1)
+    assert found[50] == pytest.approx(0.2)
+    assert found[49] == pytest.approx(0.2, rel=0.02), "the last update has about a tenth"
+
+
+def test_a_warm_up_is_shorter_than_the_run() -> None:
+    for schedule in ("constant", "cosine"):
+        config = OptimizerConfig(schedule=schedule, warmup_steps=10)
+        learning_rate_schedule(config, 11)
+        for num_steps in (10, 9, 1):
+            with pytest.raises(InputError, match=f"warm-up of 10 steps is no shorter than the run of {num_steps}"):
+                make_optimizer(config, num_steps)
+    learning_rate_schedule(OptimizerConfig(schedule="cosine"), 1)
+
+
+# ---- what is refused
+
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "words"),
+    [
+        ("learning_rate", (0.0, -1e-3, *NOT_FINITE), "learning rate is a positive number"),
+        ("warmup_steps", (-1,), "warm-up steps is at least 0"),
+        ("beta1", (-0.1, 1.0, *NOT_FINITE), "beta1 is from 0 to below 1"),
+        ("beta2", (-0.1, 1.0, *NOT_FINITE), "beta2 is from 0 to below 1"),
+        ("weight_decay", (-0.1, *NOT_FINITE), "weight decay is a number of at least 0"),
+        ("clip_norm", (0.0, -1.0, *NOT_FINITE), "clipping norm is a positive number"),
+    ],
+)
+def test_a_config_checks_itself(field: str, values: tuple[float, ...], words: str) -> None:
+    for value in values:
+        with pytest.raises(InputError) as caught:
+            OptimizerConfig(**{field: value})
+        message = str(caught.value)
+        assert words in message
+        assert message.endswith(f"not {value}.")
