@@ -39,12 +39,12 @@ class Config:
 
 PRESETS = {
     "quick": Config(
-        model=ModelConfig(vocab_size=500, dropout=0.1),
+        model=ModelConfig(vocab_size=500, context=128, dropout=0.0),
         training=TrainConfig(
             steps=400,
-            batch_size=16,
+            batch_size=32,
             optimizer=OptimizerConfig(
-                learning_rate=3e-3, schedule="cosine", warmup_steps=40, beta2=0.99, weight_decay=0.1, decay="matrices",
+                learning_rate=3e-3, schedule="cosine", warmup_steps=40, beta2=0.95, weight_decay=0.1, decay="matrices",
                 clip_norm=1.0,
             ),
             eval_every=100, sample_every=200, checkpoint_every=100,

@@ -38,12 +38,12 @@ class Config:
 
 PRESETS = {
     "quick": Config(
-        model=ModelConfig(vocab_size=98, dropout=0.1),
+        model=ModelConfig(vocab_size=98, context=128, dropout=0.0),
         training=TrainConfig(
             steps=500,
-            batch_size=16,
+            batch_size=32,
             optimizer=OptimizerConfig(
-                learning_rate=3e-3, schedule="cosine", warmup_steps=50, beta2=0.99, weight_decay=0.1, decay="matrices",
+                learning_rate=3e-3, schedule="cosine", warmup_steps=50, beta2=0.95, weight_decay=0.1, decay="matrices",
                 clip_norm=1.0,
             ),
             eval_every=100, sample_every=250, checkpoint_every=100,

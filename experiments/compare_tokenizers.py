@@ -50,14 +50,14 @@ class Config:
 
 PRESETS = {
     "quick": Config(
-        model=ModelConfig(vocab_size=500, dropout=0.1),
+        model=ModelConfig(vocab_size=500, context=128, dropout=0.0),
         training=TrainConfig(
-            steps=600,
+            steps=450,
             optimizer=OptimizerConfig(
-                learning_rate=3e-3, schedule="cosine", warmup_steps=60, beta2=0.99, weight_decay=0.1, decay="matrices",
+                learning_rate=3e-3, schedule="cosine", warmup_steps=45, beta2=0.95, weight_decay=0.1, decay="matrices",
                 clip_norm=1.0,
             ),
-            eval_every=100, sample_every=300, checkpoint_every=100,
+            eval_every=100, sample_every=450, checkpoint_every=100,
         ),
     ),
     # The notebooks' model and recipe.

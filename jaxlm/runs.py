@@ -28,7 +28,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nu
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console.width = 110  # tables that fit, in a file as on a screen
+    console.width = 120  # tables that fit, in a file as on a screen
 
 
 class Run:

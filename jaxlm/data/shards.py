@@ -69,7 +69,7 @@ def survey_corpus(corpus: Corpus) -> Survey:
     digest = hashlib.sha256()
     for text in corpus.documents():
         data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
+        digest.update(_framed(data))
         documents += 1
         total_bytes += len(data)
     if documents < 2:
@@ -153,7 +153,8 @@ def tokenize_corpus(
     text.
 
     Raises:
-      InputError: a tokenizer without end-of-text or one that isn't lossless; a cache that can't be written.
+      InputError: a tokenizer without end-of-text or one that isn't lossless; a text that is no longer the one that was
+        surveyed; a cache that can't be written.
     """
     key = content_hash([_FORMAT, survey.fingerprint, tokenizer.hash, SHARD_TOKENS])
     folder = cache_directory() / "shards" / key[:32]
@@ -178,7 +179,7 @@ def open_shards(folder: Path) -> TokenizedCorpus | None:
                 return None
             streams[split] = stream
         return TokenizedCorpus(streams["train"], streams["held_out"], manifest)
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError):
         return None
 
 
@@ -202,6 +203,7 @@ def _write_shards(
     try:
         encoded = iter(_Documents(corpus.documents).map(lambda text: _encode(tokenizer, text)))
         splits = {}
+        digest = hashlib.sha256()
         for split, documents in (
             ("train", itertools.islice(encoded, survey.train_documents)),
             ("held_out", encoded),
@@ -213,11 +215,14 @@ def _write_shards(
                         f"The {tokenizer.kind} tokenizer isn't lossless: held-out document {len(writer.ends)} comes "
                         "back changed, so bits per byte can't be compared; use one that keeps all text."
                     )
-                num_bytes = len(text.encode())
-                writer.add(np.append(ids, end_of_text), num_bytes)
+                data = text.encode()
+                digest.update(_framed(data))
+                writer.add(np.append(ids, end_of_text), len(data))
                 if on_document is not None:
-                    on_document(num_bytes)
+                    on_document(len(data))
             splits[split] = writer.finish()
+        if digest.hexdigest() != survey.fingerprint:
+            raise InputError(f"The corpus {corpus.spec!r} changed while it was read; run the same command again.")
         manifest = {
             "version": _FORMAT,
             "tokenizer": {"kind": tokenizer.kind, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
@@ -313,6 +318,11 @@ class _DocumentIterator(grain.DatasetIterator[str]):
     def set_state(self, state: dict[str, int]) -> None:
         self._num_read = state["documents"]
         self._iterator = itertools.islice(self._open_documents(), self._num_read, None)
+
+
+def _framed(data: bytes) -> bytes:
+    # The length tells apart texts that differ only in where their documents end.
+    return len(data).to_bytes(8, "little") + data
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[str, npt.NDArray[np.int32]]:
