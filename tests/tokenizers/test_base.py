@@ -347,6 +347,7 @@ def test_a_saved_tokenizer_comes_back_as_itself(tokenizer: Tokenizer, tmp_path: 
     CharTokenizer.train(["autre"]).save(directory)
     tokenizer.save(str(directory))  # over another one
     assert os.listdir(directory) == ["tokenizer.json"]
+    assert json.loads((directory / "tokenizer.json").read_bytes())["hash"] == tokenizer.hash
     loaded = load_tokenizer(str(directory))
     assert type(loaded) is type(tokenizer)
     assert loaded.hash == tokenizer.hash

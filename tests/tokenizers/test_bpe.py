@@ -238,12 +238,12 @@ def test_known_splits(text: str, gpt2: list[str], gpt4: list[str]) -> None:
 
 def test_a_split_keeps_merges_inside_its_chunks() -> None:
     texts = ["l'été 1234567 fin.\n\n" * 50]
-    for split, vocab_size in (("gpt2", 269), ("gpt4", 269), ("none", 275)):
+    for split, vocab_size in (("gpt2", 269), ("gpt4", 269), ("none", 279)):
         tokenizer = BPETokenizer.train(texts, vocab_size, split=split)
         inside = {chunk.encode() for chunk in chunks_of(texts, split)}
         learned = [tokenizer.token_bytes(i) for i in range(256, vocab_size - 1)]
         assert all(any(token in chunk for chunk in inside) for token in learned)
-        assert any(b"7 f" in token for token in learned) == (split == "none")
+        assert any(b"7 f" in token for token in learned) is (split == "none")
 
 
 def test_an_unknown_split_is_refused() -> None:

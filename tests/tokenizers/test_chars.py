@@ -135,7 +135,7 @@ def test_characters_that_cannot_be_are_refused(characters: str | list[str], mess
 def test_encoding_agrees_with_the_slow_one(text: str, known: str) -> None:
     tokenizer = CharTokenizer("".join(dict.fromkeys(known + text[::2] + DIGITS)))
     expected = encode_slowly(tokenizer.characters, text)
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text, allowed_special="none")
     assert ids.tolist() == [token_id for token_id, _ in expected]
     assert tokenizer.byte_lengths(ids).tolist() == [size for _, size in expected]
 
@@ -144,6 +144,13 @@ def test_encoding_by_hand() -> None:
     assert NOTEPAD.encode("zé☃0").tolist() == ids_of("zé|2603|0")
     assert NOTEPAD.encode("\x00\U0010ffffA").tolist() == ids_of("|0||10ffff||41|")
     assert NOTEPAD.byte_lengths(ids_of("zé|2603|0👩$")).tolist() == [1, 2, 0, 0, 0, 0, 0, 3, 1, 4, 0]
+
+
+def test_bytes_of_characters_where_utf8_grows() -> None:
+    edges = "\x00\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffff"
+    for tokenizer in (CharTokenizer(DIGITS + edges), NOTEPAD):
+        lengths = tokenizer.byte_lengths(tokenizer.encode(edges))
+        assert lengths[lengths > 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("unknown", ["☃", "\U0001f525", "\x00"])
