@@ -56,15 +56,18 @@ def logits_after(params: Params, ids: Sequence[int]) -> npt.NDArray[np.float32]:
 
 @pytest.mark.parametrize("length", [1, 3, 6, 9])
 def test_greedy_is_the_argmax_of_each_step_beyond_the_context_too(length: int) -> None:
-    prompt = np.random.default_rng(length).integers(11, size=length, dtype=np.int32)
-    for seed in range(3):
-        params = lively(CONFIG, seed)
+    """From many prompts, because a model left to its most likely tokens soon repeats one of them."""
+    params = lively(CONFIG, seed=9)
+    found = []
+    for prompt in np.random.default_rng(length).integers(11, size=(20, length), dtype=np.int32):
         ids = prompt.tolist()
-        for _ in range(15):
+        for _ in range(5):
             ids.append(int(logits_after(params, ids).argmax()))
-        assert take(15, params, prompt, temperature=0.0) == ids[length:]
-        assert take(15, params, prompt, temperature=2.0, top_k=1) == ids[length:]
-        assert take(15, params, prompt, temperature=0.0, top_k=3) == ids[length:]
+        assert take(5, params, prompt, temperature=0.0) == ids[length:]
+        assert take(5, params, prompt, temperature=2.0, top_k=1) == ids[length:]
+        assert take(5, params, prompt, temperature=0.0, top_k=3) == ids[length:]
+        found.append(tuple(ids[length:]))
+    assert len(set(found)) > 5, "the prompts make too little difference to show anything"
 
 
 def test_the_key_decides_and_each_token_has_its_own() -> None:

@@ -207,6 +207,7 @@ def test_every_merge_is_reported_with_its_bytes_and_its_count(split: str) -> Non
         ("Hello I'll go", ["Hello", " I", "'ll", " go"], ["Hello", " I", "'ll", " go"]),
         ("we'd've", ["we", "'d", "'ve"], ["we", "'d", "'ve"]),
         ("I'LL", ["I", "'", "LL"], ["I", "'LL"]),
+        ("I'LLA", ["I", "'", "LLA"], ["I", "'LL", "A"]),
         ("l'été", ["l", "'", "été"], ["l", "'été"]),
         ("qu'il", ["qu", "'", "il"], ["qu", "'il"]),
         ("l'sa", ["l", "'s", "a"], ["l", "'s", "a"]),
