@@ -28,6 +28,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"The learning rate is a positive number, not {self.learning_rate}.")
+        for name, known in (("schedule", ("constant", "cosine")), ("decay", ("all", "matrices"))):
+            if getattr(self, name) not in known:
+                raise InputError(f"The optimizer's {name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
         if self.warmup_steps < 0:
             raise InputError(f"The number of warm-up steps is at least 0, not {self.warmup_steps}.")
         for name in ("beta1", "beta2"):

@@ -5,6 +5,7 @@ Shapes: T = context, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -40,8 +41,9 @@ def sample_text(
     prompt_ids = np.append(np.int32(end_of_text_id), tokenizer.encode(prompt, allowed_special="none"))
     given = ""
     ids: list[int] = []
-    for token_id in generate(params, config, prompt_ids, key=key, temperature=temperature, top_k=top_k):
-        if token_id == end_of_text_id or len(ids) == num_tokens:
+    drawn = generate(params, config, prompt_ids, key=key, temperature=temperature, top_k=top_k)
+    for token_id in itertools.islice(drawn, num_tokens):
+        if token_id == end_of_text_id:
             break
         ids.append(token_id)
         # A character whose last bytes, or closing escape, are still to come shows as U+FFFD for now; the mark that may
@@ -78,7 +80,7 @@ def generate(
     if top_k is not None and not 1 <= top_k <= config.vocab_size:
         raise InputError(f"top_k is from 1 to the vocabulary's {config.vocab_size} ids, not {top_k}.")
     ids = [int(token_id) for token_id in prompt_ids]
-    for index in range(10**9):
+    for index in itertools.count():
         window = ids[-config.context :]
         tokens_T = np.zeros(config.context, np.int32)
         tokens_T[: len(window)] = window

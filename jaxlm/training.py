@@ -172,9 +172,14 @@ def train(
             loop.resume({})
         else:
             shapes = jax.eval_shape(partial(init_state, model, config))
+            if checkpoints.latest_step > config.steps:
+                raise InputError(
+                    f"{run.path} has {checkpoints.latest_step} steps already, and {config.steps} were asked for; "
+                    "ask for no fewer, or choose another --workdir."
+                )
             state, record = checkpoints.restore(abstract(shapes, everywhere))
             loop.resume(record)
-        if loop.step >= config.steps:
+        if loop.step == config.steps:
             return state
         compiled = train_step.lower(state, jax.device_put(batches[loop.step], divided)).compile()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -108,6 +108,13 @@ def test_the_decay_mask_picks_out_the_matrices_of_a_model() -> None:
     assert len(mask) > len(chosen)
 
 
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(InputError, match="constant, cosine, not 'linear'"):
+        OptimizerConfig(schedule="linear")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="all, matrices, not 'none'"):
+        OptimizerConfig(decay="none")  # type: ignore[arg-type]
+
+
 # ---- schedules
 
 

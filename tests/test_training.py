@@ -149,6 +149,8 @@ def test_a_constant_schedule_can_be_prolonged_and_a_cosine_cannot(tmp_path: Path
     run_training(tmp_path / "run", data, replace(constant, steps=10))
     prolonged = run_training(tmp_path / "run", data, constant)
     assert_equal_bits(prolonged, run_training(tmp_path / "straight", data, constant))
+    with pytest.raises(InputError, match="20 steps already, and 10 were asked for"):
+        run_training(tmp_path / "run", data, replace(constant, steps=10))
     run_training(tmp_path / "cosine", data, CONFIG)
     with pytest.raises(InputError, match="schedule_steps"):
         open_run(tmp_path / "cosine", data[2], replace(CONFIG, steps=40))

@@ -7,6 +7,7 @@ written under another name and renamed. It is found again by what it was made fr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -62,9 +63,8 @@ def survey_corpus(corpus: Corpus) -> Survey:
       InputError: fewer than two documents, so that nothing could be held out; whatever reading the corpus raises.
     """
     remembered = cache_directory() / "surveys" / f"{content_hash([_FORMAT, corpus.stamp()])}.json"
-    found = load_json(remembered)
-    if found is not None:
-        return Survey(**found)
+    with contextlib.suppress(TypeError):  # nothing remembered, or nothing that makes sense
+        return Survey(**load_json(remembered))
     documents = total_bytes = 0
     digest = hashlib.sha256()
     for text in corpus.documents():
