@@ -19,7 +19,7 @@ from jaxlm.data.shards import held_out_documents, survey_corpus, train_documents
 from jaxlm.reports.figures import tokenizer_figure
 from jaxlm.reports.tables import rows_table, token_text, visible
 from jaxlm.runs import check_writable, console
-from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
+from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.tokenizers.base import InputError
 
 SENTENCE = "L'été, les hirondelles reviennent nicher sous les toits du village."
@@ -55,6 +55,8 @@ PRESETS = {
 
 def main(config: Config) -> None:
     check_writable(Path(config.workdir))
+    if (Path(config.workdir) / "config.json").exists():
+        raise InputError(f"{config.workdir} holds a training run; choose another --workdir.")
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     vocab_size = config.vocab_size if config.steps is None else 257 + config.steps
@@ -69,8 +71,10 @@ def main(config: Config) -> None:
                 train_texts, vocab_size, model_type=model_type
             )
         except InputError as error:  # its smallest and largest vocabularies are its own
-            console.print(f"[yellow]SentencePiece {model_type} is left out:[/] {error}")
+            console.print(f"SentencePiece {model_type} is left out: {error}", style="yellow", markup=False)
 
+    if (Path(config.workdir) / "tokenizer.json").exists() and load_tokenizer(config.workdir).hash != bpe.hash:
+        raise InputError(f"{config.workdir} holds another tokenizer; choose another --workdir or remove it.")
     bpe.save(config.workdir)
     console.print()
     console.print(compression_table(tokenizers, held_out_texts))
@@ -83,7 +87,7 @@ def main(config: Config) -> None:
         if tokenizer is not bpe:
             curves[name] = ([tokenizer.vocab_size], [bytes_per_token(tokenizer, held_out_texts)])
     tokenizer_figure(curves, SENTENCE, {name: pieces(t, SENTENCE) for name, t in tokenizers.items()}, figure)
-    console.print(f"\ntokenizer: {config.workdir}/tokenizer.json; figure: {figure}")
+    console.print(f"\ntokenizer: {config.workdir}/tokenizer.json; figure: {figure}", markup=False)
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int, split: str) -> BPETokenizer:

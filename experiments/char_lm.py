@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from experiments.command_line import program
-from experiments.language_model import Sampling, sample_run, train_and_show
+from experiments.language_model import QUICK_OPTIMIZER, Sampling, sample_run, train_and_show
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus, train_documents
 from jaxlm.model import ModelConfig
-from jaxlm.optimizers import OptimizerConfig
 from jaxlm.runs import Run
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.training import TrainConfig, run_identity
@@ -42,10 +41,7 @@ PRESETS = {
         training=TrainConfig(
             steps=500,
             batch_size=32,
-            optimizer=OptimizerConfig(
-                learning_rate=3e-3, schedule="cosine", warmup_steps=50, beta2=0.95, weight_decay=0.1, decay="matrices",
-                clip_norm=1.0,
-            ),
+            optimizer=QUICK_OPTIMIZER,
             eval_every=100, sample_every=250, checkpoint_every=100,
         ),
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,10 +39,16 @@ def program(module: str, presets: Mapping[str, Config], main: Callable[[Config],
         _end(130, f"Interrupted; what was saved before is kept. Start again with: {command}")
     except RunFailed as error:
         _end(1, str(error))
+    except BrokenPipeError:
+        # The reader has gone, as after `| head`; Python would complain once more while flushing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        _end(1, f"Writing failed: {error.strerror} ({error.filename}); make room and run the same command again.")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end(1, f"Writing failed: {error.strerror} ({error.filename}); make room and run the same command again.")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR):
+            _end(2, f"{error.filename} can't be used: {error.strerror}; check its permissions or choose another path.")
+        raise
     sys.exit(0)
 
 

@@ -25,7 +25,7 @@ class Checkpoints:
     whole. The latest `keep` are kept, and the one with the lowest bits per byte.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, read_only: bool = False) -> None:
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -33,7 +33,8 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             Path(directory).absolute(),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
+            # What a killed process left half written; but a reader must not take it from one that is still writing.
+            cleanup_tmp_directories=not read_only,
         )
 
     @property

@@ -18,7 +18,7 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-4  # the highest of the schedule
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to a tenth at the last step
-    warmup_steps: int = 0  # steps in which the learning rate rises linearly
+    warmup_steps: int | None = 0  # steps in which the learning rate rises linearly; None is a tenth of the run
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01  # times the learning rate, as in AdamW
@@ -31,7 +31,7 @@ class OptimizerConfig:
         for name, known in (("schedule", ("constant", "cosine")), ("decay", ("all", "matrices"))):
             if getattr(self, name) not in known:
                 raise InputError(f"The optimizer's {name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
-        if self.warmup_steps < 0:
+        if self.warmup_steps is not None and self.warmup_steps < 0:
             raise InputError(f"The number of warm-up steps is at least 0, not {self.warmup_steps}.")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -44,17 +44,18 @@ class OptimizerConfig:
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of completed steps."""
-    if config.warmup_steps >= num_steps and config.warmup_steps:
-        raise InputError(f"A warm-up of {config.warmup_steps} steps is no shorter than the run of {num_steps}.")
+    warmup_steps = num_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    if warmup_steps >= num_steps and warmup_steps:
+        raise InputError(f"A warm-up of {warmup_steps} steps is no shorter than the run of {num_steps}.")
     if config.schedule == "constant":
         main = optax.constant_schedule(config.learning_rate)
     else:
-        main = optax.cosine_decay_schedule(config.learning_rate, num_steps - config.warmup_steps, alpha=0.1)
-    if not config.warmup_steps:
+        main = optax.cosine_decay_schedule(config.learning_rate, num_steps - warmup_steps, alpha=0.1)
+    if not warmup_steps:
         return main
-    first = config.learning_rate / config.warmup_steps
-    warmup = optax.linear_schedule(first, config.learning_rate, max(1, config.warmup_steps - 1))
-    return optax.join_schedules([warmup, main], [config.warmup_steps])
+    first = config.learning_rate / warmup_steps
+    warmup = optax.linear_schedule(first, config.learning_rate, max(1, warmup_steps - 1))
+    return optax.join_schedules([warmup, main], [warmup_steps])
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

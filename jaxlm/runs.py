@@ -1,12 +1,13 @@
 """The run directory: what identifies the run, its metrics, its samples, and the progress shown meanwhile.
 
-    config.json  tokenizer/  metrics.jsonl  tensorboard/  samples.txt  checkpoints/
+    config.json  tokenizer/  metrics.jsonl  tensorboard/  samples.txt  checkpoints/  lock
 
 Rerunning the same command continues a run; a command with another identity is refused.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tensorboardX
 from rich.console import Console
@@ -22,11 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
 
-CONFIG_FILE, METRICS_FILE, SAMPLES_FILE = "config.json", "metrics.jsonl", "samples.txt"
+CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jsonl", "samples.txt", "lock"
 _FORMAT = 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 if not console.is_terminal:
     console.width = 120  # tables that fit, in a file as on a screen
 
@@ -46,7 +47,7 @@ class Run:
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))
-        self.exists = (self.path / CONFIG_FILE).exists()
+        self.exists = os.path.exists(self.path / CONFIG_FILE)
         if self.exists:
             found = read_config(self.path)["identity"]
             differing = [
@@ -60,26 +61,33 @@ class Run:
                 )
         check_writable(self.path)
         self._board: tensorboardX.SummaryWriter | None = None
+        self._lock: IO[str] | None = None
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of an existing run; None for a new one."""
-        return load_tokenizer(self.path / "tokenizer") if self.exists else None
+        return stored_tokenizer(self.path)
 
     def start(self, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:
-        """Writes the tokenizer and the config of a new run; a changed environment of an existing one is said."""
+        """Writes the tokenizer and the config of a new run; a changed environment of an existing one is said.
+
+        Raises:
+          InputError: the run was made with another tokenizer, or another process is training it.
+        """
         config = {"version": _FORMAT, "identity": self.identity, "environment": environment}
         if not self.exists:
             self.path.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.path / "tokenizer")
             config["tokenizer_hash"] = tokenizer.hash
+            self._take_lock()
             _write_json(self.path / CONFIG_FILE, config)
             self.exists = True
             return
+        self._take_lock()
         stored = read_config(self.path)
         if stored["tokenizer_hash"] != tokenizer.hash:
             raise InputError(
-                f"The tokenizer in {self.path} has the hash {tokenizer.hash[:12]}, and the run was made with "
-                f"{stored['tokenizer_hash'][:12]}; put the right one back or choose another --workdir."
+                f"The run in {self.path} was made with the tokenizer {stored['tokenizer_hash'][:12]}, and this one is "
+                f"{tokenizer.hash[:12]}; put the right one back or choose another --workdir."
             )
         for name, there, now in _differences(stored["environment"], environment):
             console.print(f"[yellow]{name} was {there} and is {now} now: results may differ in the last bits.[/]")
@@ -111,9 +119,30 @@ class Run:
         _append(self.path / SAMPLES_FILE, f"--- step {step}\n{text}\n")
 
     def close(self) -> None:
-        """Writes what TensorBoard still holds back."""
+        """Writes what TensorBoard still holds back, and lets other processes have the directory."""
         if self._board is not None:
             self._board.close()
+            self._board = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        # The lock goes with the process, however it ends; a file that merely exists would outlive a killed one.
+        file = (self.path / LOCK_FILE).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise InputError(
+                f"Another process ({holder}) is training {self.path}; wait for it, or choose another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self._lock = file
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -128,6 +157,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"There is no run in {path}; train one first, or give the directory of one.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise InputError(f"{file} is damaged; restore it, or choose another --workdir.") from None
+
+
+def stored_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer of the run in a directory; None if there is no run."""
+    return load_tokenizer(Path(path) / "tokenizer") if os.path.exists(Path(path) / CONFIG_FILE) else None
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -202,9 +236,9 @@ def _write_json(path: Path, data: Any) -> None:
 def check_writable(path: Path) -> None:
     """Raises InputError unless the directory, or the first of its parents that exists, can be written."""
     existing = path.absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"The directory {path} can't be written; choose another --workdir.")
 
 

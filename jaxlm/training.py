@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import grain
 import jax
@@ -58,7 +58,8 @@ class TrainConfig:
     eval_every: int = 500  # steps between evaluations
     eval_documents: int = 20  # of the held-out documents, scored during training; all are scored at the end
     sample_every: int = 1_000  # steps between samples
-    checkpoint_every: int = 500  # steps between checkpoints
+    sample_prompt: str = ""  # what they begin with
+    checkpoint_every: int = 500  # steps between checkpoints; an evaluation that is the best so far is saved too
     keep_checkpoints: int = 2  # latest ones, beside the best
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The part that decides about the result. A constant schedule has no length, so such a run can be prolonged."""
         optimizer = dict(vars(self.optimizer))
-        if self.optimizer.schedule != "constant":
+        if self.optimizer.schedule != "constant" or self.optimizer.warmup_steps is None:
             optimizer["schedule_steps"] = self.steps
         return {"seed": self.seed, "batch_size": self.batch_size, "optimizer": optimizer}
 
@@ -105,7 +106,7 @@ def make_train_step(
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
     """The pure function (state, int batch of shape (B, T + 1)) -> (state, metrics).
 
-    Metrics are of the parameters before the update: `train/loss` in nats per target, `grad_norm`, `learning_rate`.
+    Metrics: `train/loss` in nats per target, `grad_norm` and `learning_rate` of the update; `weight_norm` after it.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
@@ -119,6 +120,7 @@ def make_train_step(
         metrics = {
             "train/loss": loss,
             "grad_norm": optax.tree.norm(grads),
+            "weight_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, optimizer_state), metrics
@@ -146,8 +148,6 @@ def train(
     data: TokenizedCorpus,
     model: ModelConfig,
     config: TrainConfig,
-    *,
-    sample_prompt: str = "",
 ) -> TrainState:
     """Trains to `config.steps`, from the newest checkpoint of the run if it has one, and returns the last state.
 
@@ -165,7 +165,7 @@ def train(
     run.start(tokenizer, environment([str(device) for device in jax.devices()]))
     checkpoints = Checkpoints(run.path / "checkpoints", keep=config.keep_checkpoints)
     train_step = jax.jit(make_train_step(model, config), donate_argnums=0)
-    loop = _Loop(run, tokenizer, data, model, config, checkpoints, sample_prompt)
+    loop = _Loop(run, tokenizer, data, model, config, checkpoints)
     try:
         if checkpoints.latest_step is None:
             state = jax.device_put(init_state(model, config), everywhere)
@@ -178,6 +178,8 @@ def train(
                     "ask for no fewer, or choose another --workdir."
                 )
             state, record = checkpoints.restore(abstract(shapes, everywhere))
+            if is_finished(run, config):
+                return state
             loop.resume(record)
         if loop.step == config.steps:
             return state
@@ -190,7 +192,10 @@ def train(
                 stop = signals.received
                 loop.after_step(state, metrics, stop=stop)
                 if stop:
-                    raise RunInterrupted(f"Interrupted after step {loop.step}, which is saved.")
+                    break
+            # The last step is saved however it came to be the last.
+            if signals.received:
+                raise RunInterrupted(f"Interrupted after step {loop.step}, which is saved.")
         return state
     finally:
         checkpoints.close()
@@ -208,23 +213,24 @@ class _Loop:
         model: ModelConfig,
         config: TrainConfig,
         checkpoints: Checkpoints,
-        sample_prompt: str,
     ) -> None:
         self.run, self.tokenizer, self.data, self.model, self.config = run, tokenizer, data, model, config
-        self.checkpoints, self.sample_prompt = checkpoints, sample_prompt
+        self.checkpoints = checkpoints
         self.tokens_per_step = config.batch_size * model.context
         self.step = 0
         self.clock = _Clock(0.0)
         self.pending: tuple[int, Metrics] | None = None
         self.bits_per_byte: float | None = None
+        self.best = math.inf
 
     def resume(self, record: dict[str, Any]) -> None:
         """Takes up the record of a checkpoint, or an empty one for a new run."""
         self.step = record.get("step", 0)
         self.clock = _Clock(record.get("seconds", 0.0))
+        self.best = record.get("best") or math.inf
         self.run.rewind(record.get("log_sizes", {}), self.step)
         if self.step:
-            console.print(f"Continuing {self.run.path} after step {self.step:,}.")
+            console.print(f"Continuing {self.run.path} after step {self.step:,}.", markup=False)
 
     def begin(self, progress: Progress) -> None:
         self.progress = progress
@@ -250,8 +256,16 @@ class _Loop:
         if sample_due:
             self._sample(state.params)
         self.clock.start()
-        if checkpoint_due:
-            record = {"step": self.step, "seconds": self.clock.seconds, "log_sizes": self.run.log_sizes()}
+        best = evaluation is not None and evaluation.bits_per_byte < self.best
+        if evaluation is not None and best:
+            self.best = evaluation.bits_per_byte
+        if checkpoint_due or best:
+            record = {
+                "step": self.step,
+                "seconds": self.clock.seconds,
+                "best": self.best if math.isfinite(self.best) else None,
+                "log_sizes": self.run.log_sizes(),
+            }
             self.checkpoints.save(
                 self.step, state, record, bits_per_byte=None if evaluation is None else evaluation.bits_per_byte
             )
@@ -263,13 +277,8 @@ class _Loop:
         step, metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["train/loss"]) and math.isfinite(values["grad_norm"])):
-            saved = self.checkpoints.latest_step
-            raise RunFailed(
-                f"The run diverged at step {step} (loss {values['train/loss']}, gradient norm {values['grad_norm']}); "
-                + (f"the checkpoint of step {saved} is kept; " if saved else "no checkpoint had been saved; ")
-                + "start again with a lower learning rate or with --clip-norm 1."
-            )
+        if not all(math.isfinite(values[name]) for name in ("train/loss", "grad_norm", "weight_norm")):
+            self._fail(step, f"loss {values['train/loss']}, gradient norm {values['grad_norm']}")
         self.progress.update(self.task, completed=step, figures=self._figures(values["train/loss"]))
         if step % self.config.log_every == 0 or step == self.config.steps:
             steps, seconds = step - self.last_log[0], self.clock.seconds - self.last_log[1]
@@ -278,6 +287,14 @@ class _Loop:
             self._log(step, **values, tokens_per_second=self.tokens_per_second)
 
     tokens_per_second = math.nan
+
+    def _fail(self, step: int, figures: str) -> NoReturn:
+        saved = self.checkpoints.latest_step
+        raise RunFailed(
+            f"The run diverged at step {step} ({figures}); "
+            + (f"the checkpoint of step {saved} is kept; " if saved else "no checkpoint had been saved; ")
+            + "start again in another --workdir with a lower learning rate, or with --clip-norm 1."
+        )
 
     def _figures(self, loss: float) -> str:
         bits = loss / math.log(2) / self.data.train.bytes_per_token
@@ -297,6 +314,8 @@ class _Loop:
         evaluation = evaluate(
             params, self.model, self.data.held_out, end_of_text_id, num_documents=self.config.eval_documents
         )
+        if not math.isfinite(evaluation.bits_per_byte):
+            self._fail(self.step, f"held-out loss {evaluation.loss}")
         self.bits_per_byte = evaluation.bits_per_byte
         self._log(
             self.step,
@@ -314,8 +333,8 @@ class _Loop:
 
     def _sample(self, params: Params) -> None:
         key = jax.random.fold_in(_key(self.config.seed, "samples"), self.step)
-        pieces = sample_text(params, self.model, self.tokenizer, self.sample_prompt, key=key, num_tokens=200)
-        text = self.sample_prompt + "".join(pieces)
+        prompt = self.config.sample_prompt
+        text = prompt + "".join(sample_text(params, self.model, self.tokenizer, prompt, key=key, num_tokens=200))
         self.run.log_sample(self.step, text)
         console.print(f"[bold]{'sample':>12}[/]  ", end="")
         console.print(text.replace("\n", "\n" + " " * 14), style="cyan", markup=False)
@@ -371,18 +390,25 @@ def run_identity(
     return {"corpus": fingerprint, "tokenizer": tokenizer_settings, "model": asdict(model), **config.identity()}
 
 
+def is_finished(run: Run, config: TrainConfig) -> bool:
+    """Whether the last thing in the metrics is the final evaluation after `config.steps`."""
+    last = read_metrics(run.path)[-1:]
+    return bool(last) and last[0]["step"] == config.steps and "final/loss" in last[0]
+
+
 def evaluate_run(
     run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelConfig, config: TrainConfig, state: TrainState
-) -> Evaluation:
-    """Scores all held-out documents and appends the figures to the metrics, as `final/...`."""
+) -> None:
+    """Scores all held-out documents and appends the figures to the metrics, as `final/...`, unless they are there."""
+    if is_finished(run, config):
+        return
     assert tokenizer.end_of_text_id is not None
     evaluation = evaluate(state.params, model, data.held_out, tokenizer.end_of_text_id)
-    last = [line for line in read_metrics(run.path) if "seconds" in line][-1]
     tokens = config.steps * config.batch_size * model.context
     values = {
         "tokens": tokens,
         "bytes": round(tokens * data.train.bytes_per_token),
-        "seconds": last["seconds"],
+        "seconds": read_metrics(run.path)[-1]["seconds"],
         "parameters": count_parameters(state.params),
         "vocab_size": tokenizer.vocab_size,
         "final/loss": evaluation.loss,
@@ -391,9 +417,7 @@ def evaluate_run(
         "final/documents": evaluation.documents,
         "final/bytes_per_token": evaluation.bytes / evaluation.tokens,
     }
-    if "final/loss" not in last or last["step"] != config.steps:
-        run.log(config.steps, **values)
-    return evaluation
+    run.log(config.steps, **values)
 
 
 def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, Params]:
@@ -406,11 +430,11 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
     tokenizer = load_tokenizer(Path(path) / "tokenizer")
     model = ModelConfig(**identity["model"])
     optimizer = dict(identity["optimizer"])
-    steps = optimizer.pop("schedule_steps", 1 + optimizer["warmup_steps"])
+    steps = optimizer.pop("schedule_steps", 1 + (optimizer["warmup_steps"] or 0))
     config = TrainConfig(seed=identity["seed"], steps=steps, optimizer=OptimizerConfig(**optimizer))
     if not (Path(path) / "checkpoints").is_dir():
         raise InputError(f"The run in {path} has no checkpoint yet; train it further first.")
-    checkpoints = Checkpoints(Path(path) / "checkpoints")
+    checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
     try:
         if checkpoints.latest_step is None:
             raise InputError(f"The run in {path} has no checkpoint yet; train it further first.")

@@ -1,4 +1,4 @@
-"""What all tests share: caches of their own, and no network."""
+"""What all tests share: caches of their own."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +44,7 @@ CONFIG = TrainConfig(
     eval_every=10,
     eval_documents=2,
     sample_every=20,
+    sample_prompt="le ",
     checkpoint_every=5,
 )
 
@@ -63,7 +66,7 @@ def open_run(path: Path, fingerprint: str, config: TrainConfig = CONFIG) -> Run:
 def run_training(path: Path, data: tuple[CharTokenizer, TokenizedCorpus, str], config: TrainConfig) -> TrainState:
     tokenizer, tokens, fingerprint = data
     run = open_run(path, fingerprint, config)
-    state = train(run, tokenizer, tokens, TINY, config, sample_prompt="le ")
+    state = train(run, tokenizer, tokens, TINY, config)
     evaluate_run(run, tokenizer, tokens, TINY, config, state)
     return state
 
@@ -121,7 +124,7 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path: Pat
 
     run.log = fail_at_13  # type: ignore[method-assign]
     with pytest.raises(Stop):
-        train(run, tokenizer, tokens, TINY, CONFIG, sample_prompt="le ")
+        train(run, tokenizer, tokens, TINY, CONFIG)
     first = losses(tmp_path / "resumed")
     resumed = run_training(tmp_path / "resumed", data, CONFIG)
 
@@ -139,9 +142,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, data: tuple) -> None:
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = run_training(tmp_path / "run", data, CONFIG)
     assert_equal_bits(first, again)
-    lines = metrics.splitlines()
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[: len(lines) - 1] == lines[:-1]
-    assert [json.loads(line)["step"] for line in lines][-1] == 20
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    assert "final/loss" in json.loads(metrics.splitlines()[-1])
 
 
 def test_a_constant_schedule_can_be_prolonged_and_a_cosine_cannot(tmp_path: Path, data: tuple) -> None:
@@ -162,12 +164,10 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: P
     tokenizer, tokens, fingerprint = data
     bad = replace(good, steps=40)
     run = open_run(tmp_path / "run", fingerprint, bad)
-    # An infinity in the parameters of the checkpoint, as an overflow would leave it.
+    # Parameters that are finite still, and overflow in the next step.
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     state, record = checkpoints.restore(init_state(TINY, bad))
-    broken = replace(
-        state, params=jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jax.numpy.inf), state.params)
-    )
+    broken = replace(state, params=jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(3e38), state.params))
     checkpoints.save(6, replace(broken, step=broken.step + 1), {**record, "step": 6})
     checkpoints.close()
     with pytest.raises(RunFailed, match=r"diverged at step 7 .* the checkpoint of step 6 is kept"):
@@ -178,9 +178,6 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: P
 
 
 def test_a_signal_saves_and_stops(tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import signal
-
     tokenizer, tokens, fingerprint = data
     run = open_run(tmp_path / "run", fingerprint)
     log = run.log
@@ -198,6 +195,58 @@ def test_a_signal_saves_and_stops(tmp_path: Path, data: tuple, monkeypatch: pyte
     assert 8 <= checkpoints.latest_step <= 9
     checkpoints.close()
     assert max(losses(tmp_path / "run")) == checkpoints.latest_step
+
+
+def test_a_signal_in_the_last_step_is_not_forgotten(
+    tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, tokens, fingerprint = data
+    run = open_run(tmp_path / "run", fingerprint)
+    log_sample = run.log_sample
+
+    def interrupt(step: int, text: str) -> None:
+        log_sample(step, text)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "log_sample", interrupt)
+    with pytest.raises(RunInterrupted, match="after step 20"):
+        train(run, tokenizer, tokens, TINY, CONFIG)
+    straight = run_training(tmp_path / "straight", data, CONFIG)
+    assert_equal_bits(run_training(tmp_path / "run", data, CONFIG), straight)
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path, data: tuple) -> None:
+    tokenizer, tokens, fingerprint = data
+    first = open_run(tmp_path / "run", fingerprint)
+    first.start(tokenizer, {})
+    with pytest.raises(InputError, match=f"Another process .process {os.getpid()} on "):
+        train(open_run(tmp_path / "run", fingerprint), tokenizer, tokens, TINY, CONFIG)
+    first.close()
+    run_training(tmp_path / "run", data, CONFIG)
+
+
+def test_reading_a_run_leaves_a_save_in_progress_alone(tmp_path: Path, data: tuple) -> None:
+    run_training(tmp_path / "run", data, CONFIG)
+    unfinished = tmp_path / "run" / "checkpoints" / "25.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    load_trained(tmp_path / "run")
+    assert unfinished.exists()
+
+
+def test_the_best_evaluation_is_kept(tmp_path: Path, data: tuple) -> None:
+    # The rate is so high in the end that an evaluation before the last stays the best.
+    config = replace(
+        CONFIG, steps=60, eval_every=6, checkpoint_every=50, keep_checkpoints=1,
+        optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=50),
+    )  # fmt: skip
+    run_training(tmp_path / "run", data, config)
+    scores = {
+        line["step"]: line["eval/bits_per_byte"] for line in read_metrics(tmp_path / "run") if "eval/loss" in line
+    }
+    best = min(scores, key=lambda step: scores[step])
+    assert best < 60
+    kept = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {best, 60}
 
 
 def test_a_second_signal_stops_at_once() -> None:

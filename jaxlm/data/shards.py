@@ -8,6 +8,7 @@ written under another name and renamed. It is found again by what it was made fr
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -230,10 +231,12 @@ def _write_shards(
             "splits": splits,
         }
         save_json(temporary / _MANIFEST, manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        if open_shards(folder) is None:  # another process may have been quicker
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
     except OSError as error:
-        raise not_writable(error) from None
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise not_writable(error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

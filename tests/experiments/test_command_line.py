@@ -22,20 +22,7 @@ MODULES = {
     "bpe_tokenizer": bpe_tokenizer,
     "compare_tokenizers": compare_tokenizers,
 }
-TINY = [
-    "--width",
-    "16",
-    "--num-heads",
-    "2",
-    "--num-layers",
-    "1",
-    "--context",
-    "16",
-    "--steps",
-    "2",
-    "--warmup-steps",
-    "0",
-]
+TINY = "--width 16 --num-heads 2 --num-layers 1 --context 16 --steps 2".split()
 TEXT = "\n\n".join(f"Le chat numéro {i} dort sur le toit rouge de la maison {i % 7}, près du puits." for i in range(40))
 
 
@@ -112,6 +99,7 @@ def test_help_lists_the_shared_flags(
         (RunFailed("The run diverged."), 1, "The run diverged."),
         (RunInterrupted("Interrupted after step 3, which is saved."), 130, "python -m experiments.char_lm --seed 3"),
         (KeyboardInterrupt(), 130, "python -m experiments.char_lm --seed 3"),
+        (PermissionError(13, "Permission denied", "runs/x"), 2, "runs/x can't be used: Permission denied"),
         (OSError(28, "No space left on device", "metrics.jsonl"), 1, "No space left on device (metrics.jsonl)"),
         (InputError("Bad."), 2, "Bad."),
     ],
@@ -131,10 +119,10 @@ def test_exit_status(
 
 def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(config: object) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise ValueError("a bug")
 
     monkeypatch.setattr(sys, "argv", ["char_lm"])
-    with pytest.raises(PermissionError):
+    with pytest.raises(ValueError, match="a bug"):
         program("experiments.char_lm", char_lm.PRESETS, fail)
 
 
@@ -193,9 +181,9 @@ def test_sizes_that_do_not_divide_or_make_no_sense(refused: Callable[..., str]) 
     assert "5 heads" in refused("char_lm", "--num-heads", "5")
     assert "context" in refused("char_lm", "--context", "1")
     assert "batch_size is at least 1" in refused("char_lm", "--batch-size", "0")
-    assert "batch_bytes" in refused("compare_tokenizers", "--batch-bytes", "0")
-    assert "steps" in refused("char_lm", "--steps", "0", "--warmup-steps", "0")
-    assert "warm-up" in refused("char_lm", "--steps", "3")
+    assert "batch_size is at least 1" in refused("compare_tokenizers", "--batch-size", "0")
+    assert "steps" in refused("char_lm", "--steps", "0")
+    assert "warm-up" in refused("char_lm", "--steps", "3", "--warmup-steps", "3")
     assert "learning rate" in refused("char_lm", "--learning-rate", "nan")
     assert "dropout" in refused("char_lm", "--dropout", "nan")
     assert "seed" in refused("char_lm", "--seed", "-1").lower()
@@ -204,6 +192,33 @@ def test_sizes_that_do_not_divide_or_make_no_sense(refused: Callable[..., str]) 
 def test_unknown_split(refused: Callable[..., str], corpus: str) -> None:
     assert "no split 'gpt5'" in refused("bpe_lm", "--corpus", corpus, "--split", "gpt5")
     assert "no split 'gpt5'" in refused("bpe_tokenizer", "--corpus", corpus, "--split", "gpt5")
+
+
+def test_a_later_arm_of_the_comparison_is_checked_before_the_first_is_trained(
+    refused: Callable[..., str], corpus: str
+) -> None:
+    # Characters give a window of this size, the fewer tokens of the others do not.
+    flags = "--characters 30 --vocab-size 310 --context 2000".split()
+    assert "one window of context 2000" in refused("compare_tokenizers", "--corpus", corpus, *flags)
+
+
+def test_workdir_name_that_is_too_long(refused: Callable[..., str]) -> None:
+    assert "too long" in refused("char_lm", "--workdir", "x" * 300)
+
+
+def test_workdir_that_holds_something_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--corpus", corpus, "--sentences", "0"]
+    assert call(monkeypatch, bpe_tokenizer, "--workdir", str(tmp_path / "a"), "--vocab-size", "300", *flags) == 0
+    before = (tmp_path / "a" / "tokenizer.json").read_bytes()
+    assert call(monkeypatch, bpe_tokenizer, "--workdir", str(tmp_path / "a"), "--vocab-size", "290", *flags) == 2
+    assert "holds another tokenizer" in capsys.readouterr().err
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert call(monkeypatch, bpe_tokenizer, "--workdir", str(tmp_path / "run"), *flags) == 2
+    assert "holds a training run" in capsys.readouterr().err
 
 
 def test_workdir_that_cannot_be_written(refused: Callable[..., str], tmp_path: Path, corpus: str) -> None:
