@@ -39,7 +39,8 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, None if there is none."""
+        """The step of the newest checkpoint, None if there is none. Waits for a save in progress."""
+        self._checkpointer.wait()
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
@@ -51,8 +52,9 @@ class Checkpoints:
 
     def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]]:
         """The newest checkpoint: its state, laid out as `abstract_state` says, and its record."""
-        state = self._checkpointer.load(self.latest_step, abstract_state)
-        record = self._checkpointer.metadata(self.latest_step).custom_metadata
+        step = self.latest_step
+        state = self._checkpointer.load(step, abstract_state)
+        record = self._checkpointer.metadata(step).custom_metadata
         assert isinstance(record, dict)
         return state, record
 

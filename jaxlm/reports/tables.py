@@ -43,8 +43,8 @@ def token_text(tokens: Iterable[bytes], *, colour: bool = True) -> Text:
 
 
 def visible(token: bytes) -> str:
-    """One token as it can be shown on a line; an escape marker, which stands for no byte, as `␛`."""
-    return token.decode("utf-8", errors="backslashreplace").translate(_VISIBLE) if token else "␛"
+    """One token as it can be shown on a line; an escape marker, which stands for no byte, as `◇`."""
+    return token.decode("utf-8", errors="backslashreplace").translate(_VISIBLE) if token else "◇"
 
 
 def comparison_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:

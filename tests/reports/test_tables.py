@@ -45,11 +45,11 @@ def test_comparison_has_a_row_an_arm() -> None:
 
 def test_tokens_show_what_cannot_be_seen() -> None:
     tokens = [b" le", b"\n", b"\xc3", "é".encode(), b""]
-    assert [visible(token) for token in tokens] == ["·le", "⏎", "\\xc3", "é", "␛"]
+    assert [visible(token) for token in tokens] == ["·le", "⏎", "\\xc3", "é", "◇"]
     coloured = token_text(tokens)
-    assert coloured.plain == "·le⏎\\xc3é␛"
+    assert coloured.plain == "·le⏎\\xc3é◇"
     assert len({span.style for span in coloured.spans}) == 5
-    assert token_text(tokens, colour=False).plain == "·le|⏎|\\xc3|é|␛"
+    assert token_text(tokens, colour=False).plain == "·le|⏎|\\xc3|é|◇"
 
 
 def test_rows_line_up() -> None:

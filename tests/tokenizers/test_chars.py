@@ -168,7 +168,7 @@ def test_long_texts_agree_with_the_slow_encoder(unknown: str) -> None:
 # ---- decoding
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(ids=st.lists(st.one_of(st.just("|"), st.sampled_from("|$0d8f1az👩")), max_size=25).map("".join).map(ids_of))
 def test_decoding_any_ids_agrees_with_the_slow_one(ids: list[int]) -> None:
     expected = decode_slowly(NOTEPAD.characters, ids)
@@ -176,7 +176,7 @@ def test_decoding_any_ids_agrees_with_the_slow_one(ids: list[int]) -> None:
     assert NOTEPAD.byte_lengths(ids).sum() == len(expected.replace(END_OF_TEXT, "").encode())
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(digits=st.text(alphabet=DIGITS, max_size=8))
 def test_decoding_any_digits_agrees_with_the_slow_one(digits: str) -> None:
     ids = ids_of(f"z|{digits}|y")
