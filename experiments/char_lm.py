@@ -39,7 +39,7 @@ PRESETS = {
     "quick": Config(
         model=ModelConfig(vocab_size=98, context=128, dropout=0.0),
         training=TrainConfig(
-            steps=500,
+            steps=450,
             batch_size=32,
             optimizer=QUICK_OPTIMIZER,
             eval_every=100, sample_every=250, checkpoint_every=100,

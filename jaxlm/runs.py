@@ -111,7 +111,7 @@ class Run:
         _append(self.path / METRICS_FILE, json.dumps({"step": step, **line}) + "\n")
         if self._board is not None:
             for name, value in values.items():
-                if name not in ("tokens", "bytes", "seconds"):
+                if name not in ("tokens", "bytes", "seconds") and math.isfinite(value):
                     self._board.add_scalar(name, value, step)
 
     def log_sample(self, step: int, text: str) -> None:
