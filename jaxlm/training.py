@@ -155,8 +155,9 @@ def train(
     so that the device has its next step before the host looks at the last one.
 
     Raises:
-      InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run.
-      RunFailed: the loss or the gradients are no longer finite.
+      InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run,
+        a run that has more steps already, or another process that trains it.
+      RunFailed: the loss, the gradients, the weights or the held-out loss are no longer finite.
       RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
     mesh = data_mesh(config.batch_size)
@@ -222,6 +223,7 @@ class _Loop:
         self.pending: tuple[int, Metrics] | None = None
         self.bits_per_byte: float | None = None
         self.best = math.inf
+        self.tokens_per_second = math.nan
 
     def resume(self, record: dict[str, Any]) -> None:
         """Takes up the record of a checkpoint, or an empty one for a new run."""
@@ -285,8 +287,6 @@ class _Loop:
             self.tokens_per_second = steps * self.tokens_per_step / seconds
             self.last_log = (step, self.clock.seconds)
             self._log(step, **values, tokens_per_second=self.tokens_per_second)
-
-    tokens_per_second = math.nan
 
     def _fail(self, step: int, figures: str) -> NoReturn:
         saved = self.checkpoints.latest_step
