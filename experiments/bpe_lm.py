@@ -46,6 +46,7 @@ PRESETS = {
             eval_every=100, sample_every=200, checkpoint_every=100,
         ),
     ),
+    # 557,300 parameters. 1,000 steps on 10 MB of French Wikipedia: 2.306 bits per byte, 15,500 tokens/s (2 cores).
     "seed": Config(preset="seed", workdir="runs/bpe_lm-seed", training=TrainConfig(steps=72_000)),
 }  # fmt: skip
 
