@@ -1,0 +1,89 @@
+"""The learning curve of the seed recipe without dropout on attention weights, to set beside the same recipe in PyTorch.
+
+    python -m experiments.benchmarks.seed_curve --corpus articles.parquet
+
+A fused attention kernel drops no attention weights, so a PyTorch program that uses one trains another model than the
+recipe does. Here that dropout is left out too, and the held-out text is scored twice: as such a program does, in one
+piece cut into windows without overlap, and as this project does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+import jaxlm.model
+from experiments.command_line import program
+from experiments.language_model import tokenize
+from jaxlm.attention import causal_attention
+from jaxlm.data.batches import make_batches
+from jaxlm.data.documents import open_corpus
+from jaxlm.data.shards import held_out_documents, survey_corpus, train_documents
+from jaxlm.evaluation import evaluate, token_nats
+from jaxlm.model import ModelConfig, Params, forward
+from jaxlm.parallel import batch_sharding, data_mesh, replicated
+from jaxlm.runs import console
+from jaxlm.tokenizers import CharTokenizer
+from jaxlm.training import TrainConfig, init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains the seed model without dropout on attention weights, and prints its learning curve."""
+
+    corpus: str = "builtin"  # as in the experiments
+    corpus_bytes: int | None = None
+    score_every: int = 250  # steps
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=98))
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_000))
+
+
+def main(config: Config) -> None:
+    model, training = config.model, config.training
+    jaxlm.model.causal_attention = lambda q, k, v, **dropout: causal_attention(q, k, v)
+    corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
+    survey = survey_corpus(corpus)
+    tokenizer = CharTokenizer.train(train_documents(corpus, survey), model.vocab_size)
+    data = tokenize(corpus, survey, tokenizer)
+    held_out = "\n\n".join(held_out_documents(corpus, survey))
+    ids, num_bytes = tokenizer.encode(held_out, allowed_special="none"), len(held_out.encode())
+
+    mesh = data_mesh(training.batch_size)
+    state = jax.device_put(init_state(model, training), replicated(mesh))
+    step = jax.jit(make_train_step(model, training), donate_argnums=0)
+    batches = make_batches(data.train, context=model.context, batch_size=training.batch_size, seed=training.seed)
+    console.print(f"{'step':>6}  {'windows without overlap':>24}  {'each document alone':>20}   bits per byte")
+    for index in range(training.steps):
+        state, _ = step(state, jax.device_put(batches[index], batch_sharding(mesh)))
+        if (index + 1) % config.score_every == 0:
+            params = jax.device_put(state.params, jax.devices()[0])
+            end_of_text_id = tokenizer.end_of_text_id
+            assert end_of_text_id is not None
+            score = evaluate(params, model, data.held_out, end_of_text_id)
+            windows = in_windows(params, model, ids) / math.log(2) / num_bytes
+            console.print(
+                f"{index + 1:>6,}  {windows:>24.4f}  {score.bits_per_byte:>11.4f} ± {score.standard_error:.4f}"
+            )
+
+
+def in_windows(params: Params, model: ModelConfig, ids: npt.NDArray[np.int32], batch: int = 64) -> float:
+    """Nats of a text in one piece: windows of `context` tokens without overlap, the rest at their mean."""
+    score = jax.jit(partial(_nats, model=model))
+    count = (len(ids) - 1) // model.context
+    size = count * model.context
+    inputs, targets = (ids[start : start + size].reshape(count, model.context) for start in (0, 1))
+    nats = sum(float(score(params, inputs[i : i + batch], targets[i : i + batch])) for i in range(0, count, batch))
+    return nats / size * len(ids)
+
+
+def _nats(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array, model: ModelConfig) -> jax.Array:
+    return token_nats(forward(params, inputs_BT, model), targets_BT).sum()
+
+
+if __name__ == "__main__":
+    program("experiments.benchmarks.seed_curve", {"seed": Config()}, main)
