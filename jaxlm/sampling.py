@@ -30,8 +30,7 @@ def sample_text(
 ) -> Iterator[str]:
     """The text that follows `prompt`, piece by piece, until end-of-text or `num_tokens` tokens.
 
-    The model sees end-of-text, then the prompt, as at the beginning of a document. A piece is given out when it can no
-    longer change: never half a character.
+    The model sees end-of-text, then the prompt, as at the beginning of a document. No piece ends in half a character.
     """
     end_of_text_id = tokenizer.end_of_text_id
     if end_of_text_id is None:
@@ -39,22 +38,9 @@ def sample_text(
             "The tokenizer has no end-of-text token, so there is no beginning of a document to start from."
         )
     prompt_ids = np.append(np.int32(end_of_text_id), tokenizer.encode(prompt, allowed_special="none"))
-    given = ""
-    ids: list[int] = []
     drawn = generate(params, config, prompt_ids, key=key, temperature=temperature, top_k=top_k)
-    for token_id in itertools.islice(drawn, num_tokens):
-        if token_id == end_of_text_id:
-            break
-        ids.append(token_id)
-        # A character whose last bytes, or closing escape, are still to come shows as U+FFFD for now; the mark that may
-        # open an escape of SentencePiece's as U+2582.
-        text = tokenizer.decode(ids).rstrip("\ufffd\u2582")
-        if len(text) > len(given):
-            yield text[len(given) :]
-            given = text
-    rest = tokenizer.decode(ids)[len(given) :]
-    if rest:
-        yield rest
+    ids = itertools.takewhile(lambda token_id: token_id != end_of_text_id, itertools.islice(drawn, num_tokens))
+    yield from tokenizer.decode_iter(ids)
 
 
 def generate(

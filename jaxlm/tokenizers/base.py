@@ -12,7 +12,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +40,7 @@ class Tokenizer(ABC):
     """
 
     kind: ClassVar[str]
+    format_version: ClassVar[int] = 1
     special_tokens: dict[str, int]
 
     # ---- what each kind of tokenizer brings
@@ -128,12 +129,49 @@ class Tokenizer(ABC):
         """Text of a sequence of ids; invalid UTF-8 shows as U+FFFD, special tokens show as their names."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def encode_batch(
+        self, texts: Sequence[str], *, allowed_special: AllowedSpecial = (), flat: bool = False
+    ) -> list[IdArray] | tuple[IdArray, npt.NDArray[np.int64]]:
+        """`encode` for each of many texts: a list of arrays.
+
+        With `flat`, the ids of all texts in one array, and int64 offsets of shape (len(texts) + 1,): text i has
+        `ids[offsets[i] : offsets[i + 1]]`.
+        """
+        check_sequence_of_texts(texts)
+        arrays = [self.encode(text, allowed_special=allowed_special) for text in texts]
+        if not flat:
+            return arrays
+        return np.concatenate([np.zeros(0, np.int32), *arrays]), np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+
+    def decode_batch(self, batch: Iterable[Iterable[int] | npt.NDArray[np.integer]]) -> list[str]:
+        """`decode` for each of many sequences of ids."""
+        return [self.decode(ids) for ids in batch]
+
+    def decode_iter(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, piece by piece. A piece is given out when it can no longer change.
+
+        So a character whose last bytes, or whose closing escape, are still to come is held back.
+        """
+        given = ""
+        seen: list[int] = []
+        for token_id in ids:
+            seen.append(token_id)
+            # What is still to be completed shows as U+FFFD for now; what may open an escape of SentencePiece's as U+2582.
+            text = self.decode(seen).rstrip("\ufffd\u2582")
+            if len(text) > len(given):
+                yield text[len(given) :]
+                given = text
+        if rest := self.decode(seen)[len(given) :]:
+            yield rest
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` into `directory`, under a temporary name first."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         content = {"kind": self.kind, **self._content()}
-        text = json.dumps({"version": 1, "hash": content_hash(content), **content}, ensure_ascii=False, indent=1)
+        text = json.dumps(
+            {"version": self.format_version, "hash": content_hash(content), **content}, ensure_ascii=False, indent=1
+        )
         temporary = directory / f".{TOKENIZER_FILE}.{os.getpid()}.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(directory / TOKENIZER_FILE)
@@ -162,10 +200,24 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-16-le")  # refuses the same characters as UTF-8, five times as fast
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"The text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no "
-            "UTF-8 text can; remove it, or read the source with errors='replace'."
-        ) from None
+        raise _surrogate(text, error) from None
+
+
+def encode_utf8(text: str) -> bytes:
+    """The UTF-8 of a text. Raises InputError as `check_text` does."""
+    if not isinstance(text, str):
+        check_text(text)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise _surrogate(text, error) from None
+
+
+def _surrogate(text: str, error: UnicodeEncodeError) -> InputError:
+    return InputError(
+        f"The text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no UTF-8 "
+        "text can; remove it, or read the source with errors='replace'."
+    )
 
 
 def check_texts(texts: Iterable[str]) -> Iterable[str]:
@@ -177,12 +229,21 @@ def check_texts(texts: Iterable[str]) -> Iterable[str]:
         yield text
 
 
-def special_token_ids(names: Sequence[str] | Mapping[str, int], first_id: int) -> dict[str, int]:
+def check_sequence_of_texts(texts: Sequence[str]) -> None:
+    """Raises InputError for a bare `str`, since its items are characters."""
+    if isinstance(texts, str | bytes):
+        raise InputError("A batch is a list of texts; put a single text into a list.")
+
+
+def special_token_ids(
+    names: Sequence[str] | Mapping[str, int], first_id: int, taken: Container[int] | None = None
+) -> dict[str, int]:
     """Special tokens as a mapping name -> id: those of a mapping as they are, those of a sequence from `first_id` on.
 
     Raises:
-      InputError: an empty name, a name or an id twice, or an id below `first_id`.
+      InputError: an empty name, a name or an id twice, a negative id, or one in `taken` (None: all below `first_id`).
     """
+    taken = range(first_id) if taken is None else taken
     if isinstance(names, str):
         raise InputError("special_tokens is a sequence of names or a mapping to ids; put a single name into a tuple.")
     pairs = list(names.items()) if isinstance(names, Mapping) else [(n, first_id + i) for i, n in enumerate(names)]
@@ -190,7 +251,9 @@ def special_token_ids(names: Sequence[str] | Mapping[str, int], first_id: int) -
         check_text(name)
         if not name:
             raise InputError("A special token is empty; give it at least one character.")
-        if token_id < first_id:
+        if token_id < 0:
+            raise InputError(f"The special token {name!r} has the id {token_id}; ids are at least 0.")
+        if token_id in taken:
             raise InputError(f"The special token {name!r} has the id {token_id}, which an ordinary token has already.")
     for what, values in (("name", [name for name, _ in pairs]), ("id", [token_id for _, token_id in pairs])):
         twice = [value for value, count in Counter(values).items() if count > 1]
@@ -221,11 +284,18 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         raise InputError(f"There is no tokenizer at {path}; give the directory that `save` wrote.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
         raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None
-    if version != 1:
-        raise InputError(f"{path} has format version {version}; this jaxlm reads version 1, so use a newer jaxlm.")
     if kind not in TOKENIZER_KINDS:
         raise InputError(f"{path} is of the unknown kind {kind!r}; known are {', '.join(sorted(TOKENIZER_KINDS))}.")
+    known = TOKENIZER_KINDS[kind].format_version
+    if version != known:
+        advice = "train the tokenizer again" if isinstance(version, int) and version < known else "use a newer jaxlm"
+        raise InputError(f"{path} has format version {version}; this jaxlm reads version {known}, so {advice}.")
     if content_hash(data) != stored_hash:
         raise InputError(f"{path} doesn't match its hash: it was changed or damaged; save the tokenizer again.")
     del data["kind"]
-    return TOKENIZER_KINDS[kind]._from_content(data)
+    try:
+        return TOKENIZER_KINDS[kind]._from_content(data)
+    except InputError as error:
+        raise InputError(f"{path} can't be used. {error}") from None
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None

@@ -1,55 +1,61 @@
 """The byte-level BPE tokenizer, from scratch.
 
-Text is split into chunks by a pattern, and byte-pair encoding runs inside each chunk. What `bpe_reference` recomputes
-at every step is kept up to date here: unique chunks with their counts, pair counts, and which chunks hold which pair.
+Text is split into chunks by a pattern, and byte-pair encoding runs inside each chunk. `bpe_reference` is the textbook
+algorithm, to be read first. What runs is an engine that gives the same merges and the same ids, in four steps:
+`bpe_split` cuts text into chunks, `bpe_engine` counts chunks and merges pairs, `bpe_encode` turns chunks into ids.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+import codecs
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import regex
 
+from jaxlm.tokenizers import bpe_reference
 from jaxlm.tokenizers.base import (
     END_OF_TEXT,
+    AllowedSpecial,
     IdArray,
     InputError,
     Tokenizer,
+    check_sequence_of_texts,
     check_texts,
+    encode_utf8,
     special_token_ids,
 )
-from jaxlm.tokenizers.bpe_reference import Pair, merge
+from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
 
-# The patterns of OpenAI's GPT-2 and GPT-4 (cl100k_base) tokenizers, in the form in which tiktoken states them.
-SPLIT_PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    "gpt4": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
-    "none": r"(?s:.)+",
-}
-_CACHED_CHUNKS = 1 << 18
-_CACHED_CHARACTERS = 64
+if TYPE_CHECKING:  # the engine is imported where it is used, since numba takes its time
+    from rich.table import Table
+
+    from jaxlm.tokenizers.bpe_encode import PairTable, Workspace
+    from jaxlm.tokenizers.bpe_split import Splitter
+
+_BLOCK = 1 << 20  # characters that are encoded or counted together
+_PROGRESS_ROUNDS = 200
 
 
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: ids 0 to 255 are the bytes, then merges in the order learned, then special tokens.
 
     Args:
-      merges: pairs of ids; merge i makes the id 256 + i.
-      split: the name of a split pattern, "gpt2", "gpt4" or "none".
+      merges: pairs of symbols; symbols 0 to 255 are the bytes, and merge i makes the symbol 256 + i.
+      split: the name of a split pattern: "gpt2", "gpt4", "o200k" or "none".
       special_tokens: names, which get the next ids, or a mapping from names to ids.
-      pattern: a regular expression (of the `regex` library) instead of a named split.
+      pattern: a regular expression (of the `regex` library, slower than a named split) instead.
+      ids: the id of each symbol, for an imported vocabulary; None: symbols are their own ids.
+      whole: chunks with an id of their own to which no merges lead, for an imported vocabulary.
     """
 
     kind: ClassVar[str] = "bpe"
+    format_version: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -58,25 +64,25 @@ class BPETokenizer(Tokenizer):
         split: str = "gpt4",
         special_tokens: Sequence[str] | Mapping[str, int] = (END_OF_TEXT,),
         pattern: str | None = None,
+        ids: Sequence[int] | None = None,
+        whole: Mapping[bytes, int] | None = None,
     ) -> None:
+        check_split(split, pattern)
         self.split = split
         self.pattern = pattern
-        self._chunks = chunk_function(split, pattern)
         self.merges = [(int(left), int(right)) for left, right in merges]
-        self._tokens = [bytes([byte]) for byte in range(256)]
-        self._rank: dict[Pair, int] = {}
-        for index, pair in enumerate(self.merges):
-            if not (min(pair) >= 0 and max(pair) < 256 + index):
-                raise InputError(f"Merge {index} joins the ids {pair}, which don't both exist before it.")
-            if pair in self._rank:
-                raise InputError(f"Merge {index} joins the ids {pair}, as merge {self._rank[pair]} does already.")
-            self._rank[pair] = index
-            self._tokens.append(self._tokens[pair[0]] + self._tokens[pair[1]])
-        self.special_tokens = special_token_ids(special_tokens, len(self._tokens))
-        self._special_names = {token_id: name.encode() for name, token_id in self.special_tokens.items()}
-        self._lengths = np.zeros(self.vocab_size, np.int32)
-        self._lengths[: len(self._tokens)] = [len(token) for token in self._tokens]
-        self._cache: dict[str, list[int]] = {}
+        self.whole = dict(whole or {})
+        tokens = merged_tokens(self.merges)
+        self.ids = list(range(len(tokens))) if ids is None else [int(token_id) for token_id in ids]
+        ordinary = [*self.ids, *self.whole.values()]
+        taken = set(ordinary)
+        if len(self.ids) != len(tokens) or len(taken) != len(ordinary) or min(taken) < 0:
+            raise InputError("Each byte, merge and whole chunk of a BPE vocabulary has one id of its own, at least 0.")
+        self.special_tokens = special_token_ids(special_tokens, 1 + max(taken), taken)
+        self._bytes_of = dict(zip(ordinary, [*tokens, *self.whole], strict=True))
+        self._bytes_of.update({token_id: name.encode() for name, token_id in self.special_tokens.items()})
+        self._vocab_size = 1 + max(self._bytes_of)
+        self._workspaces: list[Workspace] = []
 
     @classmethod
     def train(
@@ -87,16 +93,19 @@ class BPETokenizer(Tokenizer):
         split: str = "gpt4",
         special_tokens: Sequence[str] | Mapping[str, int] = (END_OF_TEXT,),
         pattern: str | None = None,
+        num_threads: int | None = None,
         on_merge: Callable[[int, bytes, int], None] | None = None,
     ) -> BPETokenizer:
         """Learns `vocab_size - 256 - len(special_tokens)` merges from `texts`.
 
         The best pair is the most frequent one, overlapping occurrences counted; among equals the lowest (left, right).
+        The result doesn't depend on the number of threads.
 
         Args:
-          texts: an iterable of str, read once.
+          texts: an iterable of str, read once; memory grows with their different chunks, not with the text.
           vocab_size: ids in all, special tokens included.
-          on_merge: called after each merge with its index, the bytes of the new token, and the pair's count.
+          num_threads: None uses all cores.
+          on_merge: called with each merge's index, the bytes of its token, and its count, some merges at a time.
 
         Raises:
           InputError: a vocabulary below 256 + special tokens, or above what the text can give (the message names the
@@ -109,11 +118,21 @@ class BPETokenizer(Tokenizer):
                 f"A byte-level BPE vocabulary has at least {256 + num_specials} ids (256 bytes and {num_specials} "
                 f"special tokens), and {vocab_size} were asked for."
             )
-        chunks = chunk_function(split, pattern)
-        counts: Counter[str] = Counter()
-        for text in check_texts(texts):
-            counts.update(chunks(text))
-        merges = learn_merges(counts, num_merges, on_merge)
+        if isinstance(special_tokens, Mapping):
+            special_token_ids(special_tokens, 256 + num_merges)  # before the work, not after it
+        from jaxlm.tokenizers.bpe_engine import learn
+
+        check_split(split, pattern)
+        counts = _count_chunks(texts, split, pattern, num_threads or _num_cores())
+        merges: list[Pair] = []
+        tokens = merged_tokens([])
+        for pairs, pair_counts in learn(counts, num_merges, rounds=_PROGRESS_ROUNDS if on_merge else 1):
+            new = [(left, right) for left, right in pairs[len(merges) :].tolist()]
+            for pair, pair_count in zip(new, pair_counts[len(merges) :].tolist(), strict=True):
+                tokens.append(tokens[pair[0]] + tokens[pair[1]])
+                merges.append(pair)
+                if on_merge:
+                    on_merge(len(merges) - 1, tokens[-1], pair_count)
         if len(merges) < num_merges:
             raise InputError(
                 f"The text gives a vocabulary of at most {256 + len(merges) + num_specials} ids, and {vocab_size} were "
@@ -123,149 +142,325 @@ class BPETokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        return 1 + max([len(self._tokens) - 1, *self.special_tokens.values()])
+        return self._vocab_size
+
+    # ---- encoding
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        allowed_special: AllowedSpecial = (),
+        flat: bool = False,
+        num_threads: int | None = None,
+    ) -> list[IdArray] | tuple[IdArray, npt.NDArray[np.int64]]:
+        """As for any tokenizer, on `num_threads` threads (None uses all cores), without the interpreter's lock."""
+        check_sequence_of_texts(texts)
+        if allowed_special != "none" and any(name in text for text in texts for name in self.special_tokens):
+            return super().encode_batch(texts, allowed_special=allowed_special, flat=flat)
+        parts = _map(self._encode_texts, _blocks(texts), num_threads or _num_cores())
+        ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)]) if len(parts) != 1 else parts[0][0]
+        sizes = [np.diff(offsets) for _, offsets in parts]
+        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
+        if flat:
+            return ids, offsets
+        places = offsets.tolist()
+        return [ids[start:end] for start, end in zip(places, places[1:], strict=False)]
+
+    def encode_iter(
+        self, pieces: Iterable[str], *, allowed_special: AllowedSpecial = (), num_threads: int | None = None
+    ) -> Iterator[IdArray]:
+        """The ids of one text that comes in pieces, cut anywhere, and that may be larger than memory.
+
+        Joined, the arrays are `encode("".join(pieces))`. A text whose chunks have no end (the split "none", a pattern
+        of one's own, megabytes without a letter) is held until it ends.
+        """
+        num_threads = num_threads or _num_cores()
+        for blocks in _groups(self._splitter.cut(pieces, _BLOCK, tuple(self.special_tokens)), num_threads):
+            yield from self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
 
     def _encode_ordinary(self, text: str) -> IdArray:
-        ids: list[int] = []
-        for chunk in self._chunks(text):
-            found = self._cache.get(chunk)
-            if found is None:
-                found = encode_chunk(chunk.encode(), self._rank)
-                if len(chunk) <= _CACHED_CHARACTERS:
-                    if len(self._cache) >= _CACHED_CHUNKS:
-                        self._cache.clear()
-                    self._cache[chunk] = found
-            ids += found
-        return np.array(ids, np.int32)
+        return self._encode_texts([text])[0]
+
+    def _encode_texts(self, texts: Sequence[str]) -> tuple[IdArray, npt.NDArray[np.int64]]:
+        """The ids of texts without special tokens, and where those of each begin and end: offsets, one more."""
+        from jaxlm.tokenizers.bpe_encode import encode_buffer
+        from jaxlm.tokenizers.bpe_split import make_buffer
+
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:
+            workspace = self._pairs.workspace()
+        buffer = make_buffer([encode_utf8(text) for text in texts])
+        ids, offsets = encode_buffer(
+            buffer, self._splitter.chunk_ends(buffer, texts), len(texts), self._pairs, workspace
+        )
+        self._workspaces.append(workspace)
+        return ids, offsets
+
+    @cached_property
+    def _splitter(self) -> Splitter:
+        from jaxlm.tokenizers.bpe_split import Splitter
+
+        return Splitter(self.split, self.pattern)
+
+    @cached_property
+    def _pairs(self) -> PairTable:
+        from jaxlm.tokenizers.bpe_encode import PairTable
+
+        merges = np.array(self.merges, np.int32).reshape(-1, 2)
+        return PairTable(merges, np.array(self.ids, np.int32), self.whole)
+
+    # ---- decoding
+
+    def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
+        from jaxlm.tokenizers.bpe_encode import decode_ids
+
+        if not (isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1):
+            ids = self._check_ids(ids)
+        array = np.require(ids, np.int32, "CW")
+        found = decode_ids(array, self._token_starts, self._token_arena)
+        if isinstance(found, int):
+            self._check_ids(array)
+            raise InputError(f"The id {array[found]} stands for nothing: it lies in a gap of the vocabulary.")
+        return found
+
+    def decode_iter(self, ids: Iterable[int]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in ids:
+            if piece := decoder.decode(self.token_bytes(token_id)):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
 
     def token_bytes(self, token_id: int) -> bytes:
         (token_id,) = self._check_ids([token_id])
-        return self._token_or_special(int(token_id))
-
-    def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
-        return b"".join([self._token_or_special(token_id) for token_id in self._check_ids(ids).tolist()])
+        try:
+            return self._bytes_of[int(token_id)]
+        except KeyError:
+            raise InputError(f"The id {token_id} stands for nothing: it lies in a gap of the vocabulary.") from None
 
     def byte_lengths(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> IdArray:
         return self._lengths[self._check_ids(ids)]
 
-    def _token_or_special(self, token_id: int) -> bytes:
-        if token_id < len(self._tokens):
-            return self._tokens[token_id]
-        try:
-            return self._special_names[token_id]
-        except KeyError:
-            raise InputError(f"The id {token_id} stands for nothing: it lies in a gap of the special tokens.") from None
+    @cached_property
+    def _lengths(self) -> IdArray:
+        lengths = np.zeros(self.vocab_size, np.int32)
+        lengths[list(self._bytes_of)] = [len(token) for token in self._bytes_of.values()]
+        lengths[list(self.special_tokens.values())] = 0
+        return lengths
+
+    @cached_property
+    def _token_starts(self) -> npt.NDArray[np.int64]:
+        sizes = [len(self._bytes_of.get(token_id, b"")) for token_id in range(self.vocab_size)]
+        return np.cumsum([0, *sizes], dtype=np.int64)
+
+    @cached_property
+    def _token_arena(self) -> npt.NDArray[np.uint8]:
+        tokens = [self._bytes_of.get(token_id, b"") for token_id in range(self.vocab_size)]
+        return np.frombuffer(b"".join([*tokens, bytes(8)]), np.uint8)
+
+    # ---- showing, saving, other formats
+
+    def explain(self, text: str) -> Table:
+        """How a text is encoded, as a rich table: its chunks, each merge in order, and the tokens with their ids."""
+        from jaxlm.tokenizers.bpe_explain import explanation
+
+        return explanation(self, text)
+
+    def chunks(self, text: str) -> list[bytes]:
+        """The chunks of a text, as UTF-8. Joined, they are the text."""
+        from jaxlm.tokenizers.bpe_split import make_buffer
+
+        buffer = make_buffer([encode_utf8(text)])
+        ends = [end for _, block in self._splitter.chunk_ends(buffer, [text]) for end in block.tolist()]
+        return [buffer[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)]
+
+    @classmethod
+    def from_tiktoken(
+        cls,
+        mergeable_ranks: Any,
+        *,
+        split: str | None = None,
+        special_tokens: Sequence[str] | Mapping[str, int] | None = None,
+        pattern: str | None = None,
+    ) -> BPETokenizer:
+        """A tokenizer of tiktoken's: a mapping from bytes to ranks, the path of a rank file, or a `tiktoken.Encoding`.
+
+        An Encoding brings its own split and special tokens; else they are "gpt4" and none, unless given. Ids are kept.
+
+        Raises:
+          InputError: a byte that has no rank, a rank that two tokens have, or a file that is none.
+        """
+        from jaxlm.tokenizers.formats import read_tiktoken
+
+        return read_tiktoken(cls, mergeable_ranks, split, special_tokens, pattern)
+
+    def to_tiktoken(self, path: str | os.PathLike[str]) -> None:
+        """Writes a rank file of tiktoken's (special tokens and the split aren't part of one)."""
+        from jaxlm.tokenizers.formats import write_tiktoken
+
+        write_tiktoken(self, path)
+
+    def to_tiktoken_encoding(self, name: str = "jaxlm") -> Any:
+        """The same tokenizer as a `tiktoken.Encoding`. Needs the package tiktoken."""
+        from jaxlm.tokenizers.formats import tiktoken_encoding
+
+        return tiktoken_encoding(self, name)
+
+    @classmethod
+    def from_huggingface(cls, path: str | os.PathLike[str]) -> BPETokenizer:
+        """A byte-level BPE from a `tokenizer.json` of Hugging Face tokenizers. Ids are kept.
+
+        Raises:
+          InputError: a file that is none, or one that does something else (another model, a normaliser, ...).
+        """
+        from jaxlm.tokenizers.formats import read_huggingface
+
+        return read_huggingface(cls, path)
+
+    def to_huggingface(self, path: str | os.PathLike[str]) -> None:
+        """Writes a `tokenizer.json` of Hugging Face tokenizers."""
+        from jaxlm.tokenizers.formats import write_huggingface
+
+        write_huggingface(self, path)
 
     def _content(self) -> dict[str, Any]:
+        tokens = merged_tokens(self.merges)[256:]
         return {
             "split": self.split,
             "pattern": self.pattern,
-            "merges": [list(pair) for pair in self.merges],
             "special_tokens": self.special_tokens,
+            "ids": None if self.ids == list(range(len(self.ids))) else " ".join(map(str, self.ids)),
+            "whole": {chunk.hex(): token_id for chunk, token_id in self.whole.items()},
+            # One merge a line: the two symbols, and the bytes that they make.
+            "merges": [
+                f"{left} {right} {token.hex()}" for (left, right), token in zip(self.merges, tokens, strict=True)
+            ],
         }
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> BPETokenizer:
-        return cls(
-            content["merges"],
+        lines = [line.split(" ") for line in content["merges"]]
+        ids = content["ids"]
+        tokenizer = cls(
+            [(int(left), int(right)) for left, right, _ in lines],
             split=content["split"],
             pattern=content["pattern"],
             special_tokens=content["special_tokens"],
+            ids=None if ids is None else [int(token_id) for token_id in ids.split(" ")],
+            whole={bytes.fromhex(chunk): token_id for chunk, token_id in content["whole"].items()},
         )
+        for index, (token, line) in enumerate(zip(merged_tokens(tokenizer.merges)[256:], lines, strict=True)):
+            if token.hex() != line[2]:
+                raise InputError(f"Merge {index} makes the bytes {token.hex()}, and the file says {line[2]}.")
+        return tokenizer
 
 
-def chunk_function(split: str, pattern: str | None) -> Callable[[str], list[str]]:
-    """The function that cuts a text into chunks. A pattern of one's own is checked on every text to lose nothing."""
+def check_split(split: str, pattern: str | None) -> None:
+    """Raises InputError for an unknown split, or a pattern that is no regular expression."""
+    import regex
+
     if pattern is None:
         if split not in SPLIT_PATTERNS:
             raise InputError(f"There is no split {split!r}; known are {', '.join(SPLIT_PATTERNS)}.")
-        return regex.compile(SPLIT_PATTERNS[split]).findall
+        return
     try:
-        compiled = regex.compile(pattern)
+        regex.compile(pattern)
     except regex.error as error:
         raise InputError(f"The pattern {pattern!r} is no regular expression: {error}.") from None
 
-    def chunks(text: str) -> list[str]:
-        found = [match.group() for match in compiled.finditer(text) if match.group()]
-        if "".join(found) != text:
-            raise InputError(f"The pattern {pattern!r} loses text: its matches don't add up to the text.")
-        return found
 
-    return chunks
+def merged_tokens(merges: Sequence[Pair]) -> list[bytes]:
+    """The bytes of each symbol: the 256 bytes, then what each merge makes.
 
-
-def learn_merges(
-    chunk_counts: Mapping[str, int], num_merges: int, on_merge: Callable[[int, bytes, int], None] | None = None
-) -> list[Pair]:
-    """The same merges as `bpe_reference.train`, from unique chunks with their counts.
-
-    Only the words that hold the merged pair are looked at again. The heap of candidates is lazy: an entry whose count
-    is no longer true is dropped, and every pair whose count changes is entered anew.
+    Raises:
+      InputError: a merge of symbols that don't exist yet, or one that was there before.
     """
-    words = [list(chunk.encode()) for chunk in chunk_counts]
-    counts = list(chunk_counts.values())
-    pair_counts: Counter[Pair] = Counter()
-    words_with: defaultdict[Pair, set[int]] = defaultdict(set)
-    for index, ids in enumerate(words):
-        for pair in itertools.pairwise(ids):
-            pair_counts[pair] += counts[index]
-            words_with[pair].add(index)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-
     tokens = [bytes([byte]) for byte in range(256)]
-    merges: list[Pair] = []
-    while heap and len(merges) < num_merges:
-        negative_count, best = heapq.heappop(heap)
-        if pair_counts[best] != -negative_count or best not in words_with:
-            continue
-        new_id = 256 + len(merges)
-        merges.append(best)
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-        changes: Counter[Pair] = Counter()
-        for index in words_with.pop(best):
-            before, count = words[index], counts[index]
-            after = merge(before, best, new_id)
-            words[index] = after
-            for pair in itertools.pairwise(before):
-                changes[pair] -= count
-            for pair in itertools.pairwise(after):
-                changes[pair] += count
-                words_with[pair].add(index)
-        words_with.pop(best, None)
-        for pair, change in changes.items():
-            if change:
-                pair_counts[pair] += change
-                if pair_counts[pair] > 0:
-                    heapq.heappush(heap, (-pair_counts[pair], pair))
-        if on_merge is not None:
-            on_merge(len(merges) - 1, tokens[-1], -negative_count)
-    return merges
+    index_of: dict[Pair, int] = {}
+    for index, pair in enumerate(merges):
+        if not (0 <= pair[0] < len(tokens) and 0 <= pair[1] < len(tokens)):
+            raise InputError(f"Merge {index} joins the ids {pair}, which don't both exist before it.")
+        if index_of.setdefault(pair, index) != index:
+            raise InputError(f"Merge {index} joins the ids {pair}, as merge {index_of[pair]} does already.")
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return tokens
 
 
-def encode_chunk(data: bytes, rank: Mapping[Pair, int]) -> list[int]:
-    """The same ids as `bpe_reference.encode`, in O(n log n): a linked list of symbols and a heap of their pairs."""
-    ids: list[int | None] = list(data)
-    following = list(range(1, len(ids) + 1))
-    preceding = list(range(-1, len(ids) - 1))
-    heap = [(rank[pair], position) for position, pair in enumerate(itertools.pairwise(data)) if pair in rank]
-    heapq.heapify(heap)
+# ---- work divided among threads
 
-    def enter(left: int, right: int) -> None:
-        found = rank.get((ids[left], ids[right]))  # type: ignore[arg-type]
-        if found is not None:
-            heapq.heappush(heap, (found, left))
 
-    while heap:
-        index, left = heapq.heappop(heap)
-        right = following[left]
-        if ids[left] is None or right == len(ids) or rank.get((ids[left], ids[right])) != index:  # type: ignore[arg-type]
-            continue  # the pair was here once; a merge beside it has taken one of the two
-        ids[left], ids[right] = 256 + index, None
-        following[left] = following[right]
-        if following[left] < len(ids):
-            preceding[following[left]] = left
-            enter(left, following[left])
-        if preceding[left] >= 0:
-            enter(preceding[left], left)
-    return [token_id for token_id in ids if token_id is not None]
+def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_threads: int) -> Any:
+    """The unique chunks of texts with their counts. Each thread counts for itself; counts are added up at the end."""
+    from jaxlm.tokenizers.bpe_engine import ChunkCounts
+    from jaxlm.tokenizers.bpe_split import Splitter, make_buffer
+
+    splitter = Splitter(split, pattern)
+    idle: list[ChunkCounts] = []
+
+    def count(block: list[str]) -> None:
+        try:
+            counts = idle.pop()
+        except IndexError:
+            counts = ChunkCounts()
+        buffer = make_buffer([encode_utf8(text) for text in block])
+        for start, ends in splitter.chunk_ends(buffer, block):
+            counts.add(buffer, start, ends)
+        idle.append(counts)
+
+    pieces = (piece for text in check_texts(texts) for piece in splitter.cut([text], _BLOCK))
+    _map(count, _blocks(pieces), num_threads)
+    total = max(idle, key=lambda counts: counts.size[0], default=ChunkCounts())
+    for counts in idle:
+        if counts is not total:
+            total.update(counts)
+    return total
+
+
+def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_threads: int) -> list[Any]:
+    """The results of a function for each block, in order; no more blocks are made than the threads can take soon."""
+    if num_threads == 1:
+        return [function(block) for block in blocks]
+    results = []
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending: deque[Future[Any]] = deque()
+        try:
+            for block in blocks:
+                pending.append(pool.submit(function, block))
+                if len(pending) > 2 * num_threads:
+                    results.append(pending.popleft().result())
+            results += [future.result() for future in pending]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts together, as many as make up a block."""
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        block.append(text)
+        size += len(text) + 1
+        if size >= _BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

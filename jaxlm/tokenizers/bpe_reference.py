@@ -2,8 +2,8 @@
 
 Byte-pair encoding (Gage 1994; for text models Sennrich et al. 2016, on bytes Radford et al. 2019) starts from single
 bytes, ids 0 to 255. *Training* counts every pair of neighbours, gives the most frequent pair the next id, replaces it
-everywhere, and repeats. *Encoding* replays those merges, the earliest learned first. Text is first split into chunks
-(about words), and no merge crosses from one into the next.
+everywhere, and repeats. *Encoding* replays those merges, the earliest learned first. Text is first *split* into chunks,
+about words, and no merge crosses from one into the next.
 """
 
 from __future__ import annotations
@@ -12,7 +12,29 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 
+import regex
+
 Pair = tuple[int, int]
+
+# The patterns of OpenAI's tokenizers for GPT-2, GPT-4 (cl100k_base) and GPT-4o (o200k_base), as tiktoken states them.
+SPLIT_PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "gpt4": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "none": r"(?s:.)+",
+}
+
+
+def split(text: str, pattern: str) -> list[str]:
+    """The chunks of a text: the matches of a pattern (Radford et al. 2019), of which none is empty."""
+    return [match.group() for match in regex.finditer(pattern, text) if match.group()]
 
 
 def train(chunks: Iterable[str], num_merges: int) -> list[Pair]:

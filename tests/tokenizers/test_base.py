@@ -326,7 +326,7 @@ def test_special_tokens_may_leave_gaps() -> None:
         (("<a>", ""), "empty"),
         ({"": 300}, "empty"),
         ({"<a>": 256}, "'<a>' has the id 256, which an ordinary token has"),
-        ({"<a>": -1}, "'<a>' has the id -1, which an ordinary token has"),
+        ({"<a>": -1}, "'<a>' has the id -1; ids are at least 0"),
         ("<a>", "put a single name into a tuple"),
         (("<\ud800>",), "lone surrogate"),
         ((b"<a>",), "not bytes"),

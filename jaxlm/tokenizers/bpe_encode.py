@@ -1,0 +1,394 @@
+"""Step 4 of the BPE engine: chunks to ids, and ids to bytes.
+
+In here symbols are numbered in the order of their merges: the bytes 0 to 255, then 256 + i for merge i. So the pair to
+merge first is the one whose result is lowest. Real ids come in where an encoded chunk is written down.
+
+A chunk that was seen before is found, with its ids, in a bounded cache, which is nearly always. Another one is encoded
+as the textbook does, if it is short; a long one by lists of places (`_encode_long`), in time that grows with its length
+alone. The results are those of `bpe_reference.encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxlm.tokenizers.bpe_kernels import (
+    LONG,
+    TEXT_END,
+    VALUE,
+    chunk_key,
+    chunk_table,
+    enter_chunk,
+    find_slot,
+    inlined,
+    kernel,
+    load8,
+    store8,
+)
+
+_U = np.uint64
+_LOW = _U(0xFFFFFFFF)
+SHORT = 48  # bytes up to which a chunk is encoded as the textbook does, and cached
+_CACHE_BITS = 18
+_CACHED_CHUNKS = 3 << (_CACHE_BITS - 2)
+# A value of the cache: how many ids, in the highest byte, and either two ids of 28 bits or where more of them begin.
+_COUNT_SHIFT, _ID_SHIFT = _U(56), _U(28)
+_ID_MASK = _U((1 << 28) - 1)
+MAX_ID = (1 << 28) - 1
+
+
+class PairTable:
+    """Merges as a hash table from (left, right) to the result; also what each symbol is outside of the engine.
+
+    Args:
+      merges: int32 (n, 2), as symbols.
+      ids: int32 (256 + n,), the id of each symbol.
+      whole: chunks that have an id of their own which no merges lead to.
+    """
+
+    def __init__(self, merges: npt.NDArray[np.int32], ids: npt.NDArray[np.int32], whole: dict[bytes, int]) -> None:
+        self.table = np.zeros((1 << max(4, (2 * len(merges)).bit_length()), 2), np.uint64)
+        self.lengths = np.ones(256 + len(merges), np.int32)
+        fill_pairs(merges, self.table, self.lengths)
+        self.ids = ids
+        self.whole = chunk_table(max(4, (2 * len(whole)).bit_length()))
+        self.whole_arena = np.empty(sum(len(chunk) + 1 for chunk in whole) + 24, np.uint8)
+        place = 0
+        for chunk, token_id in whole.items():
+            data = np.frombuffer(chunk + bytes(24), np.uint8)
+            place = enter_whole(self.whole, self.whole_arena, place, data, len(chunk), token_id)
+
+    def workspace(self) -> Workspace:
+        return Workspace(len(self.ids))
+
+
+class Workspace:
+    """What one thread encodes with: the cache of encoded chunks, and room for long ones."""
+
+    def __init__(self, num_symbols: int) -> None:
+        self.cache = chunk_table(_CACHE_BITS)
+        self.arena = np.empty(_CACHED_CHUNKS * 24, np.uint8)
+        self.ids = np.empty(_CACHED_CHUNKS * 4, np.int32)
+        self.size = np.zeros(3, np.int64)  # chunks, bytes of the arena, ids
+        self.short = np.empty((2, SHORT + 1), np.int64)
+        # For long chunks: the first and the last place listed for each symbol to come, and a heap of those that have any.
+        self.lists = np.full((3, num_symbols), -1, np.int32)
+        self.symbols = np.empty(0, np.int32)
+        self.places = np.empty((0, 2), np.int32)
+
+    def make_room(self, length: int) -> None:
+        """Room for a chunk of so many bytes. What isn't written to takes no memory."""
+        self.symbols = np.empty(length + 2, np.int32)
+        self.places = np.empty((3 * length, 2), np.int32)
+
+    def release(self) -> None:
+        """Gives back the room for a chunk of megabytes."""
+        if len(self.symbols) > 1 << 20:
+            self.make_room(0)
+
+
+def encode_buffer(
+    buffer: npt.NDArray[np.uint8],
+    blocks: Iterable[tuple[int, npt.NDArray[np.int64]]],
+    num_texts: int,
+    pairs: PairTable,
+    room: Workspace,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The ids of the texts in a buffer, whose chunks end where `blocks` says; and the offsets of the texts in them."""
+    out = np.empty(len(buffer) + SHORT, np.int32)
+    offsets = np.zeros(num_texts + 1, np.int64)
+    progress = np.zeros(2, np.int64)
+    for start, ends in blocks:
+        done = 0
+        while True:
+            done += encode(
+                buffer, start, ends[done:], offsets[1:], progress,
+                room.cache, room.arena, room.ids, room.size, room.short, room.lists, room.symbols, room.places,
+                pairs.table, pairs.lengths, pairs.ids, pairs.whole, pairs.whole_arena,
+                out,
+            )  # fmt: skip
+            if done == len(ends):
+                break
+            start = int(ends[done - 1]) if done else start
+            room.make_room(int(ends[done]) - start)
+    offsets[1 + progress[0] :] = progress[1]
+    out.resize(int(progress[1]), refcheck=False)
+    room.release()
+    return out, offsets
+
+
+def decode_ids(ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], tokens: npt.NDArray[np.uint8]) -> bytes | int:
+    """The bytes of ids, or the first index of an id that stands for nothing."""
+    size = decoded_size(ids, starts)
+    if size < 0:
+        return -1 - size
+    out = np.empty(size + 8, np.uint8)
+    decode(ids, starts, tokens, out)
+    return out[:size].tobytes()
+
+
+@kernel
+def fill_pairs(merges, table, lengths):
+    for index in range(len(merges)):
+        left, right = merges[index, 0], merges[index, 1]
+        slot, _ = _find_pair(table, left, right)
+        table[slot, 0] = _U(left) << _U(32) | _U(right)
+        table[slot, 1] = _U(256 + index)
+        lengths[256 + index] = lengths[left] + lengths[right]
+
+
+@inlined
+def _find_pair(table, left, right):
+    """The slot of a pair or the empty one where it belongs, and its result, or 0."""
+    key = _U(left) << _U(32) | _U(right)
+    code = key * _U(0x9E3779B97F4A7C15)
+    mask = len(table) - 1
+    slot = np.int64((code ^ code >> _U(32)) & _LOW) & mask
+    while table[slot, 1] and table[slot, 0] != key:
+        slot = (slot + 1) & mask
+    return slot, np.int64(table[slot, 1])
+
+
+@kernel
+def enter_whole(table, arena, place, chunk, length, token_id):
+    first, second, short, code = chunk_key(chunk, 0, length)
+    slot, _ = find_slot(table, arena, chunk, 0, length, first, second, short, code)
+    return enter_chunk(table, slot, arena, place, chunk, 0, length, first, second, short, _U(token_id))
+
+
+# ---- encoding
+
+
+@kernel
+def encode(
+    buffer, start, ends, text_ids, progress,
+    cache, arena, cached_ids, size, short_room, lists, symbols, places,
+    pairs, lengths, ids, whole, whole_arena,
+    out,
+):  # fmt: skip
+    """Encodes chunks into `out`; `progress` is (texts done, ids written). Returns how many chunks it did.
+
+    Where a text ends, the number of ids so far goes into `text_ids`. A chunk too long for `symbols` stops it.
+    """
+    text, count = progress[0], progress[1]
+    done = len(ends)
+    for index in range(len(ends)):
+        while buffer[start] == TEXT_END:
+            text_ids[text] = count
+            text += 1
+            start += 1
+        length = ends[index] - start
+        first, second, short, code = chunk_key(buffer, start, length)
+        slot, found = find_slot(cache, arena, buffer, start, length, first, second, short, code)
+        if found:
+            value = cache[slot, VALUE]
+            amount = np.int64(value >> _COUNT_SHIFT)
+            at = np.int64(value & _LOW)
+            for k in range(4):
+                out[count + k] = cached_ids[at + k]
+            for k in range(4, amount):
+                out[count + k] = cached_ids[at + k]
+            count += amount
+        elif length > SHORT and length + 2 > len(symbols):
+            done = index
+            break
+        else:
+            amount = _encode_new(
+                buffer, start, length, short_room, lists, symbols, places, pairs, lengths, ids, whole, whole_arena, out, count,
+            )  # fmt: skip
+            if length <= SHORT:
+                if size[0] == _CACHED_CHUNKS or size[1] + SHORT + 25 > len(arena) or size[2] + SHORT > len(cached_ids):
+                    cache[:] = 0
+                    size[:] = 0
+                    slot, _ = find_slot(cache, arena, buffer, start, length, first, second, short, code)
+                value = _U(size[2]) | _U(amount) << _COUNT_SHIFT
+                for k in range(amount):
+                    cached_ids[size[2] + k] = out[count + k]
+                size[2] += amount
+                size[0] += 1
+                if short == LONG:
+                    size[1] = enter_chunk(
+                        cache, slot, arena, size[1], buffer, start, length, first, second, short, value
+                    )
+                else:  # the row holds it all, and its place is never looked up
+                    enter_chunk(cache, slot, arena, size[1], buffer, start, 0, first, second, short, value)
+            count += amount
+        start += length
+    progress[0] = text
+    progress[1] = count
+    return done
+
+
+@kernel
+def _encode_new(
+    buffer, start, length, short_room, lists, symbols, places, pairs, lengths, ids, whole, whole_arena, out, count
+):  # fmt: skip
+    """Writes the ids of one chunk from `out[count]` on; returns how many."""
+    first, second, short, code = chunk_key(buffer, start, length)
+    slot, found = find_slot(whole, whole_arena, buffer, start, length, first, second, short, code)
+    if found:
+        out[count] = np.int32(whole[slot, VALUE])
+        return 1
+    if length > SHORT:
+        return _encode_long(buffer, start, length, lists, symbols, places, pairs, lengths, ids, out, count)
+    return _encode_short(buffer, start, length, short_room, pairs, ids, out, count)
+
+
+@kernel
+def _encode_short(buffer, start, length, room, pairs, ids, out, count):
+    """The textbook: the pair with the lowest result is merged until none has any."""
+    results = room[1]  # of each symbol with the one after it; 0 is none
+    for k in range(length):
+        room[0, k] = buffer[start + k]
+        results[k] = 0
+    for k in range(length - 1):
+        _, results[k] = _find_pair(pairs, room[0, k], room[0, k + 1])
+    while length > 1:
+        best = -1
+        lowest = np.int64(1) << 40
+        for k in range(length - 1):
+            if results[k] and results[k] < lowest:
+                lowest = results[k]
+                best = k
+        if best < 0:
+            break
+        room[0, best] = lowest
+        length -= 1
+        for k in range(best + 1, length):
+            room[0, k] = room[0, k + 1]
+            results[k] = results[k + 1]
+        results[best] = 0
+        if best + 1 < length:
+            _, results[best] = _find_pair(pairs, lowest, room[0, best + 1])
+        if best:
+            _, results[best - 1] = _find_pair(pairs, room[0, best - 1], lowest)
+    for k in range(length):
+        out[count + k] = ids[room[0, k]]
+    return length
+
+
+# The rows of the lists.
+_HEAD, _TAIL, _WAITING = range(3)
+
+
+@kernel
+def _encode_long(buffer, start, length, lists, symbols, places, pairs, lengths, ids, out, count):
+    """Merges result by result, the lowest first, each at all its places from left to right.
+
+    A pair that a merge creates has a higher result than that merge, since it holds it. So a list is whole before it is
+    worked through, and its places stand in order. Symbols lie as in training (see `bpe_engine`), with -1 at both ends.
+    """
+    symbols[0] = -1
+    for k in range(length):
+        symbols[1 + k] = buffer[start + k]
+    symbols[length + 1] = -1
+    listed = waiting = 0
+    for place in range(1, length):
+        _, result = _find_pair(pairs, symbols[place], symbols[place + 1])
+        if result:
+            listed, waiting = _list_place(lists, places, result, place, listed, waiting)
+    while waiting:
+        result, waiting = _lowest_waiting(lists, waiting)
+        node = lists[_HEAD, result]
+        lists[_HEAD, result] = -1
+        while node >= 0:
+            place = places[node, 0]
+            node = places[node, 1]
+            left = symbols[place]
+            if left < 0:
+                continue
+            middle = place + lengths[left]
+            if symbols[middle] < 0 or _find_pair(pairs, left, symbols[middle])[1] != result:
+                continue  # a merge beside it has taken one of the two
+            symbols[middle] = -2
+            symbols[place] = result
+            symbols[place + lengths[result] - 1] = result
+            before, after = symbols[place - 1], symbols[place + lengths[result]]
+            if before >= 0:
+                _, new = _find_pair(pairs, before, result)
+                if new:
+                    listed, waiting = _list_place(lists, places, new, place - lengths[before], listed, waiting)
+            if after >= 0:
+                _, new = _find_pair(pairs, result, after)
+                if new:
+                    listed, waiting = _list_place(lists, places, new, place, listed, waiting)
+    place = 1
+    written = 0
+    while place <= length:
+        out[count + written] = ids[symbols[place]]
+        written += 1
+        place += lengths[symbols[place]]
+    return written
+
+
+@kernel
+def _list_place(lists, places, result, place, listed, waiting):
+    """Appends a place to the list of a result, and the result to the heap of those that wait."""
+    places[listed, 0] = place
+    places[listed, 1] = -1
+    if lists[_HEAD, result] >= 0:
+        places[lists[_TAIL, result], 1] = listed
+    else:
+        lists[_HEAD, result] = listed
+        i = waiting
+        waiting += 1
+        while i > 0 and lists[_WAITING, (i - 1) >> 1] > result:
+            lists[_WAITING, i] = lists[_WAITING, (i - 1) >> 1]
+            i = (i - 1) >> 1
+        lists[_WAITING, i] = result
+    lists[_TAIL, result] = listed
+    return listed + 1, waiting
+
+
+@kernel
+def _lowest_waiting(lists, waiting):
+    """Takes the lowest result from the heap."""
+    lowest = lists[_WAITING, 0]
+    waiting -= 1
+    last = lists[_WAITING, waiting]
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= waiting:
+            break
+        if child + 1 < waiting and lists[_WAITING, child + 1] < lists[_WAITING, child]:
+            child += 1
+        if last <= lists[_WAITING, child]:
+            break
+        lists[_WAITING, i] = lists[_WAITING, child]
+        i = child
+    lists[_WAITING, i] = last
+    return lowest, waiting
+
+
+# ---- decoding
+
+
+@kernel
+def decoded_size(ids, starts):
+    """The bytes that ids decode to, or -1 - i if ids[i] stands for nothing. Token i has the bytes starts[i:i+2]."""
+    total = 0
+    for index in range(len(ids)):
+        token = ids[index]
+        if token < 0 or token >= len(starts) - 1 or starts[token] == starts[token + 1]:
+            return -1 - index
+        total += starts[token + 1] - starts[token]
+    return total
+
+
+@kernel
+def decode(ids, starts, tokens, out):
+    """Writes the bytes of ids, eight at a time: both arrays have eight bytes more than are used."""
+    at = 0
+    for index in range(len(ids)):
+        token = ids[index]
+        begin = starts[token]
+        size = starts[token + 1] - begin
+        store8(out, at, load8(tokens, begin))
+        for k in range(8, size, 8):
+            store8(out, at + k, load8(tokens, begin + k))
+        at += size
+    return at

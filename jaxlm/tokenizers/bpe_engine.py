@@ -1,0 +1,433 @@
+"""Steps 2 and 3 of the BPE engine, which are training: unique chunks are counted, then pairs are merged.
+
+The merges are those of `bpe_reference.train`, and what makes them fast are three facts about its loop.
+
+* All that training sees of a text are its unique chunks and how often each occurs (`count`).
+* A pair that a merge creates holds the new id. So all the places where a pair ever stands are known once the newer of
+  its two ids has been made: they are listed then, one after the other, and no list ever grows (`_list_new_pairs`).
+* From then on a pair's count can only fall. So the priority queue may hold counts that are too high: the true one is
+  taken when a pair comes to its top, and the pair goes back if it was lower (`merge`).
+
+The chunks stand in one array of symbols, each closed by -1. A symbol that has become as long as n bytes keeps its n
+places: its id stands in the first and in the last of them, so that both neighbours are found from the lengths of ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxlm.tokenizers.bpe_kernels import (
+    TEXT_END,
+    VALUE,
+    chunk_key,
+    chunk_place,
+    chunk_table,
+    enter_chunk,
+    find_slot,
+    inlined,
+    kernel,
+)
+
+_U = np.uint64
+Array64 = npt.NDArray[np.int64]
+Array32 = npt.NDArray[np.int32]
+
+
+# ---- step 2: count
+
+
+class ChunkCounts:
+    """Unique chunks with 64-bit counts. Memory grows with the unique chunks, not with the text.
+
+    Attributes:
+      table: a chunk table; its values are the counts.
+      arena: the bytes of the chunks, each closed by 0xFF.
+      size: how many chunks there are; how much of the arena is used.
+    """
+
+    def __init__(self) -> None:
+        self.table = chunk_table(12)
+        self.arena = np.empty(1 << 16, np.uint8)
+        self.size = np.zeros(2, np.int64)
+
+    def add(self, buffer: npt.NDArray[np.uint8], start: int, ends: Array64) -> None:
+        """Counts the chunks that end at `ends`, the first of which begins at `start` or after the 0xFF there."""
+        done = 0
+        while True:
+            done, start = count(buffer, start, ends, done, self.table, self.arena, self.size)
+            if done == len(ends):
+                return
+            self._make_room(int(ends[done] - start))
+
+    def update(self, other: ChunkCounts) -> None:
+        """Adds the counts of other chunks."""
+        slot = 0
+        while (slot := add_table(other.table, other.arena, slot, self.table, self.arena, self.size)) < len(other.table):
+            place = int(chunk_place(other.table, slot))
+            self._make_room(int(np.argmax(other.arena[place : int(other.size[1])] == TEXT_END)))
+
+    def _make_room(self, length: int) -> None:
+        if _is_full(self.size, self.table):
+            table = chunk_table(len(self.table).bit_length())
+            copy_table(self.table, self.arena, table)
+            self.table = table
+        if self.size[1] + length + 17 > len(self.arena):
+            self.arena = np.concatenate([self.arena[: self.size[1]], np.empty(self.size[1] + length + 17, np.uint8)])
+
+
+@kernel
+def count(buffer, start, ends, done, table, arena, size):
+    """Counts chunks until they are all counted or there is no room; returns how many are, and where the next begins."""
+    for index in range(done, len(ends)):
+        while buffer[start] == TEXT_END:
+            start += 1
+        end = ends[index]
+        if not _add(buffer, start, end - start, _U(1), table, arena, size):
+            return index, start
+        start = end
+    return len(ends), start
+
+
+@kernel
+def add_table(others, other_arena, slot, table, arena, size):
+    """Adds the counts of another table from `slot` on; returns the first slot for which there is no room."""
+    while slot < len(others):
+        place = chunk_place(others, slot)
+        if place >= 0:
+            length = _chunk_length(other_arena, place)
+            if not _add(other_arena, place, length, others[slot, VALUE], table, arena, size):
+                break
+        slot += 1
+    return slot
+
+
+@inlined
+def _add(buffer, start, length, amount, table, arena, size):
+    first, second, short, code = chunk_key(buffer, start, length)
+    slot, found = find_slot(table, arena, buffer, start, length, first, second, short, code)
+    if found:
+        table[slot, VALUE] += amount
+        return True
+    if _is_full(size, table) or size[1] + length + 17 > len(arena):
+        return False
+    size[0] += 1
+    size[1] = enter_chunk(table, slot, arena, size[1], buffer, start, length, first, second, short, amount)
+    return True
+
+
+@kernel
+def _is_full(size, table):
+    return 4 * size[0] >= 3 * len(table)
+
+
+@kernel
+def _chunk_length(arena, place):
+    length = 1
+    while arena[place + length] != TEXT_END:
+        length += 1
+    return length
+
+
+@kernel
+def copy_table(table, arena, larger):
+    """Enters all rows of a table into a larger, empty one."""
+    for slot in range(len(table)):
+        place = chunk_place(table, slot)
+        if place >= 0:
+            length = _chunk_length(arena, place)
+            first, second, short, code = chunk_key(arena, place, length)
+            new, _ = find_slot(larger, arena, arena, place, length, first, second, short, code)
+            for column in range(4):
+                larger[new, column] = table[slot, column]
+
+
+# ---- step 3: merge
+
+# Columns of the table of pairs: an upper bound of the count, left << 32 | right, where its list of places begins in the
+# array of all lists, how long it is, and the next pair of the same bucket.
+BOUND, PAIR, LIST, LENGTH, NEXT = range(5)
+# The counters of a training: pairs, places in all lists, pairs in the heap, bucket of the heap, merges.
+PAIRS, PLACES, HEAP, BUCKET, MERGES = range(5)
+# Buckets of counts: up to 1,023 one each, above 512 to an octave.
+_BUCKETS = 1024 + 54 * 512
+_RIGHT = (1 << 32) - 1
+
+
+def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[tuple[Array32, Array64]]:
+    """Learns up to `num_merges` merges, in so many rounds; yields those learned so far after each, with their counts.
+
+    Merges are int32 of shape (n, 2), counts int64 of shape (n,): how often the merged pair stood in the text.
+    """
+    size = int(counts.size[1])
+    if size > np.iinfo(np.int32).max:
+        raise MemoryError("more than 2 GiB of different chunks")
+    symbols, chunk_of = np.empty(size + 1, np.int32), np.empty(size + 1, np.int32)
+    count_of = np.empty(int(counts.size[0]), np.int64)
+    lay_out(counts.table, counts.arena, symbols, chunk_of, count_of)
+    # No more than twice the places can be listed anew. What isn't written to takes no memory.
+    places = np.empty(3 * size + 1, np.int32)
+    pairs = np.empty((1 << 17, 5), np.int64)
+    heap = np.empty((len(pairs), 3), np.int64)
+    buckets = np.full(_BUCKETS, -1, np.int64)
+    state = np.zeros(5, np.int64)
+    state[BUCKET] = _BUCKETS
+    byte_pairs = np.zeros((2, 1 << 16), np.int64)
+    list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, byte_pairs)
+
+    num_ids = 256 + num_merges
+    lengths = np.ones(num_ids, np.int32)
+    merges, merge_counts = np.empty((num_merges, 2), np.int32), np.empty(num_merges, np.int64)
+    # For each id as a neighbour of the new one: the count and the number of places of its pair, left and right of it.
+    beside = np.zeros((num_ids, 4), np.int64)
+    touched = np.empty(2 * num_ids, np.int64)
+    for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
+        while merge(
+            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, beside, touched,
+        ):  # fmt: skip
+            pairs = np.concatenate([pairs, np.empty_like(pairs)])
+            heap = np.concatenate([heap, np.empty_like(heap)])
+        done = int(state[MERGES])
+        yield merges[:done], merge_counts[:done]
+        if done < goal:
+            return
+
+
+@kernel
+def lay_out(table, arena, symbols, chunk_of, count_of):
+    """Writes the bytes of all chunks as symbols, and which chunk each belongs to."""
+    for place in range(len(symbols) - 1):
+        byte = np.int32(arena[place])
+        symbols[place] = byte if byte != TEXT_END else -1
+    symbols[len(symbols) - 1] = -1
+    index = 0
+    for slot in range(len(table)):
+        place = chunk_place(table, slot)
+        if place >= 0:
+            count_of[index] = np.int64(table[slot, VALUE])
+            while arena[place] != TEXT_END:
+                chunk_of[place] = index
+                place += 1
+            index += 1
+
+
+@kernel
+def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, byte_pairs):
+    """Counts the pairs of bytes, and lists their places."""
+    for place in range(len(symbols) - 1):
+        if symbols[place] >= 0 and symbols[place + 1] >= 0:
+            pair = symbols[place] << 8 | symbols[place + 1]
+            byte_pairs[0, pair] += count_of[chunk_of[place]]
+            byte_pairs[1, pair] += 1
+    for pair in range(1 << 16):
+        if byte_pairs[1, pair]:
+            key = np.int64(pair >> 8) << 32 | pair & 0xFF
+            _enter_pair(pairs, state, key, byte_pairs[0, pair], byte_pairs[1, pair])
+            _drop_into_bucket(pairs, buckets, state[PAIRS] - 1)
+            byte_pairs[1, pair] = pairs[state[PAIRS] - 1, LIST]
+    for place in range(len(symbols) - 1):
+        if symbols[place] >= 0 and symbols[place + 1] >= 0:
+            pair = symbols[place] << 8 | symbols[place + 1]
+            places[byte_pairs[1, pair]] = place
+            byte_pairs[1, pair] += 1
+
+
+@kernel
+def merge(
+    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, beside, touched
+):  # fmt: skip
+    """Merges until there are `goal` merges or no pair is left; returns True if it needs a larger table of pairs first."""
+    while state[MERGES] < goal:
+        if state[HEAP] == 0:
+            if state[BUCKET] == 0:
+                return False
+            state[BUCKET] -= 1
+            pair = buckets[state[BUCKET]]
+            buckets[state[BUCKET]] = -1
+            while pair >= 0:
+                _push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
+                pair = pairs[pair, NEXT]
+            continue
+        pair = heap[0, 2]
+        if state[PAIRS] + 2 * pairs[pair, LENGTH] > len(pairs):
+            return True
+        _pop(heap, state)
+        true_count = _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair)
+        if true_count < pairs[pair, BOUND]:
+            pairs[pair, BOUND] = true_count
+            if true_count:
+                _enqueue(pairs, heap, buckets, state, pair)
+            continue
+        new = 256 + state[MERGES]
+        left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _RIGHT
+        merges[state[MERGES], 0] = left
+        merges[state[MERGES], 1] = right
+        merge_counts[state[MERGES]] = true_count
+        state[MERGES] += 1
+        lengths[new] = lengths[left] + lengths[right]
+        begin = pairs[pair, LIST]
+        end = _replace(symbols, lengths, places, begin, begin + pairs[pair, LENGTH], left, right, new)
+        _list_new_pairs(
+            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, beside, touched
+        )
+    return False
+
+
+@kernel
+def _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair):
+    """The true count of a pair. Places where it no longer stands are taken from its list."""
+    left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _RIGHT
+    kept = pairs[pair, LIST]
+    true_count = 0
+    for index in range(kept, kept + pairs[pair, LENGTH]):
+        place = places[index]
+        if symbols[place] == left and symbols[place + lengths[left]] == right:
+            places[kept] = place
+            kept += 1
+            true_count += count_of[chunk_of[place]]
+    pairs[pair, LENGTH] = kept - pairs[pair, LIST]
+    return true_count
+
+
+@kernel
+def _replace(symbols, lengths, places, begin, end, left, right, new):
+    """Merges a pair, from left to right, at the places listed; keeps those where it did (of "aaa" the first alone)."""
+    kept = begin
+    for index in range(begin, end):
+        place = places[index]
+        middle = place + lengths[left]
+        if symbols[place] == left and symbols[middle] == right:
+            symbols[middle] = -2  # no symbol begins here any more
+            symbols[place] = new
+            symbols[place + lengths[new] - 1] = new
+            places[kept] = place
+            kept += 1
+    return kept
+
+
+@kernel
+def _list_new_pairs(
+    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, beside, touched
+):
+    """Counts, lists and enqueues the pairs that the new id makes with its neighbours."""
+    num_touched = 0
+    for index in range(begin, end):
+        place = places[index]
+        amount = count_of[chunk_of[place]]
+        before = symbols[place - 1] if place else -1
+        after = symbols[place + lengths[new]]
+        if before >= 0 and before != new:  # two new ones in a row are one pair, seen from the first of them
+            if beside[before, 1] == 0:
+                touched[num_touched] = 2 * before
+                num_touched += 1
+            beside[before, 0] += amount
+            beside[before, 1] += 1
+        if after >= 0:
+            if beside[after, 3] == 0:
+                touched[num_touched] = 2 * after + 1
+                num_touched += 1
+            beside[after, 2] += amount
+            beside[after, 3] += 1
+    for index in range(num_touched):
+        neighbour, side = touched[index] >> 1, 2 * (touched[index] & 1)
+        key = new << 32 | neighbour if side else neighbour << 32 | new
+        _enter_pair(pairs, state, key, beside[neighbour, side], beside[neighbour, side + 1])
+        _enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
+        beside[neighbour, side + 1] = pairs[state[PAIRS] - 1, LIST]
+    for index in range(begin, end):
+        place = places[index]
+        before = symbols[place - 1] if place else -1
+        after = symbols[place + lengths[new]]
+        if before >= 0 and before != new:
+            places[beside[before, 1]] = place - lengths[before]
+            beside[before, 1] += 1
+        if after >= 0:
+            places[beside[after, 3]] = place
+            beside[after, 3] += 1
+    for index in range(num_touched):
+        neighbour, side = touched[index] >> 1, 2 * (touched[index] & 1)
+        beside[neighbour, side] = 0
+        beside[neighbour, side + 1] = 0
+
+
+@kernel
+def _enter_pair(pairs, state, key, pair_count, num_places):
+    """A new row of the table of pairs, with room for its places."""
+    row = state[PAIRS]
+    pairs[row, BOUND] = pair_count
+    pairs[row, PAIR] = key
+    pairs[row, LIST] = state[PLACES]
+    pairs[row, LENGTH] = num_places
+    state[PAIRS] += 1
+    state[PLACES] += num_places
+
+
+# ---- the priority queue: buckets by count, and a heap of the highest bucket that isn't empty
+
+
+@kernel
+def _bucket(pair_count):
+    """A number that doesn't fall as the count rises: the count to 1,023, then its highest ten bits and their place."""
+    octave = 0
+    while pair_count >= 1024:
+        pair_count >>= 1
+        octave += 1
+    return pair_count + 512 * octave
+
+
+@kernel
+def _drop_into_bucket(pairs, buckets, pair):
+    bucket = _bucket(pairs[pair, BOUND])
+    pairs[pair, NEXT] = buckets[bucket]
+    buckets[bucket] = pair
+
+
+@kernel
+def _enqueue(pairs, heap, buckets, state, pair):
+    if _bucket(pairs[pair, BOUND]) >= state[BUCKET]:
+        _push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
+    else:
+        _drop_into_bucket(pairs, buckets, pair)
+
+
+@kernel
+def _push(heap, state, bound, key, pair):
+    """Rows of the heap are (count, left << 32 | right, pair); its top has the highest count, then the lowest ids."""
+    i = state[HEAP]
+    state[HEAP] += 1
+    while i > 0:
+        parent = (i - 1) >> 1
+        if heap[parent, 0] > bound or (heap[parent, 0] == bound and heap[parent, 1] < key):
+            break
+        for column in range(3):
+            heap[i, column] = heap[parent, column]
+        i = parent
+    heap[i, 0] = bound
+    heap[i, 1] = key
+    heap[i, 2] = pair
+
+
+@kernel
+def _pop(heap, state):
+    state[HEAP] -= 1
+    last = state[HEAP]
+    bound, key = heap[last, 0], heap[last, 1]
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= last:
+            break
+        if child + 1 < last and (
+            heap[child + 1, 0] > heap[child, 0]
+            or (heap[child + 1, 0] == heap[child, 0] and heap[child + 1, 1] < heap[child, 1])
+        ):
+            child += 1
+        if bound > heap[child, 0] or (bound == heap[child, 0] and key < heap[child, 1]):
+            break
+        for column in range(3):
+            heap[i, column] = heap[child, column]
+        i = child
+    for column in range(3):
+        heap[i, column] = heap[last, column]

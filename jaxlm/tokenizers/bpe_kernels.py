@@ -1,0 +1,183 @@
+"""What the kernels of the BPE engine are made with: compilation, eight bytes at once, and a hash table of chunks.
+
+A kernel is a Python function over numpy arrays that numba compiles to machine code. It allocates nothing and calls no
+Python, so it runs without the interpreter's lock. Arrays that turn out too small are made larger between two calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba.core import event
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMPILED = not numba.config.DISABLE_JIT
+
+
+def _cache_folder() -> str:
+    """Where compiled kernels are kept. Numba looks at the file of a kernel alone; this looks at all that they call."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("bpe_*.py")):
+        sources.update(path.read_bytes())
+    folder = numba.config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
+    return str(Path(folder).expanduser() / "kernels" / sources.hexdigest()[:16])
+
+
+class _Notice(event.Listener):
+    """Says once, on the error stream, that kernels are being compiled: only when they are, not when they are loaded."""
+
+    given = False
+
+    def on_start(self, event: event.Event) -> None:
+        if event.data["dispatcher"].py_func.__module__.startswith(__package__) and not _Notice.given:
+            _Notice.given = True
+            print("jaxlm: compiling the BPE engine for this machine, once (some 20 seconds) ...", file=sys.stderr)
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+def kernel(function: Function) -> Function:
+    """Compiles a function at its first call, or takes it from the cache on disk; as it is under NUMBA_DISABLE_JIT=1."""
+    return _compile(function, nogil=True)
+
+
+def inlined(function: Function) -> Function:
+    """A kernel that becomes part of each kernel that calls it, for what is called once for every chunk."""
+    return _compile(function, nogil=True, inline="always")
+
+
+def _compile(function: Function, **options: Any) -> Function:
+    if not COMPILED:
+        return function
+    # Without reference counts an array costs nothing to pass on; they would be most of the time of a short loop.
+    options["_nrt"] = False
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_FOLDER
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written, so that every process compiles for itself
+        return numba.njit(**options)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+if COMPILED:
+    _CACHE_FOLDER = _cache_folder()
+    event.register("numba:compile", _Notice())
+
+TEXT_END = 0xFF  # closes a text or a chunk; UTF-8 contains no such byte
+_U = np.uint64
+_ALL = _U(0xFFFFFFFFFFFFFFFF)
+_BYTE_MASK = _U(0xFF)
+
+
+@kernel
+def load8(buffer, i):
+    """The eight bytes from i, the first one lowest, as uint64. The compiler makes one load of it."""
+    j = _U(i)
+    low = _U(buffer[j]) | _U(buffer[j + _U(1)]) << _U(8) | _U(buffer[j + _U(2)]) << _U(16)
+    low |= _U(buffer[j + _U(3)]) << _U(24) | _U(buffer[j + _U(4)]) << _U(32) | _U(buffer[j + _U(5)]) << _U(40)
+    return low | _U(buffer[j + _U(6)]) << _U(48) | _U(buffer[j + _U(7)]) << _U(56)
+
+
+@kernel
+def store8(buffer, i, word):
+    """The inverse of `load8`."""
+    j = _U(i)
+    for k in range(8):
+        buffer[j + _U(k)] = np.uint8(word >> _U(8 * k) & _BYTE_MASK)
+
+
+# ---- a hash table of chunks: open addressing, one row a slot
+#
+# A row fits into half a cache line: the first sixteen bytes of the chunk, which are all of it for nearly every chunk; a
+# value; and where the chunk's bytes stand in an arena, with its length (17 for all that are longer) in the highest byte.
+# The length is 0 in an empty slot. In the arena, chunks are closed by 0xFF, as texts are in a buffer.
+
+FIRST, SECOND, VALUE, PLACE = range(4)
+LONG = 17
+_FIRST_MASKS = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(LONG + 1)], np.uint64)
+_SECOND_MASKS = np.array([(1 << 8 * min(max(length - 8, 0), 8)) - 1 for length in range(LONG + 1)], np.uint64)
+_LENGTH_SHIFT = _U(56)
+_PLACE_MASK = _U((1 << 56) - 1)
+_FACTOR_1, _FACTOR_2 = _U(0x9E3779B97F4A7C15), _U(0xD6E8FEB86659FD93)
+
+
+def chunk_table(bits: int) -> npt.NDArray[np.uint64]:
+    """An empty table of 2^bits slots."""
+    return np.zeros((1 << bits, 4), np.uint64)
+
+
+@inlined
+def chunk_key(buffer, start, length):
+    """The first and the second eight bytes of a chunk, zero after its end, its length up to LONG, and its hash."""
+    short = min(length, LONG)
+    first = load8(buffer, start) & _FIRST_MASKS[short]
+    second = load8(buffer, start + 8) & _SECOND_MASKS[short]
+    code = (first ^ second * _FACTOR_2 ^ _U(short) << _LENGTH_SHIFT) * _FACTOR_1
+    code = (code ^ code >> _U(32)) * _FACTOR_2
+    if length > 16:
+        i = start + 16
+        end = start + length
+        while i < end:
+            code = (code ^ load8(buffer, i) & _FIRST_MASKS[min(end - i, 8)]) * _FACTOR_1
+            code ^= code >> _U(32)
+            i += 8
+        code *= _FACTOR_2
+    return first, second, short, code ^ code >> _U(29)
+
+
+@inlined
+def find_slot(table, arena, buffer, start, length, first, second, short, code):
+    """The slot of a chunk, or the empty one that it belongs into, and whether it is there."""
+    mask = len(table) - 1
+    slot = np.int64(code >> _U(20)) & mask
+    while True:
+        place = table[slot, PLACE]
+        if (
+            table[slot, FIRST] == first
+            and table[slot, SECOND] == second
+            and place >> _LENGTH_SHIFT == _U(short)
+            and (length < LONG or _same_rest(arena, np.int64(place & _PLACE_MASK), buffer, start, length))
+        ):
+            return slot, True
+        if place == _U(0):
+            return slot, False
+        slot = (slot + 1) & mask
+
+
+@kernel
+def _same_rest(arena, place, buffer, start, length):
+    for k in range(16, length):
+        if arena[place + k] != buffer[start + k]:
+            return False
+    return arena[place + length] == TEXT_END
+
+
+@kernel
+def enter_chunk(table, slot, arena, place, buffer, start, length, first, second, short, value):
+    """Fills a slot, and writes the chunk and its 0xFF into the arena at `place`; returns the place after them."""
+    table[slot, FIRST] = first
+    table[slot, SECOND] = second
+    table[slot, VALUE] = value
+    table[slot, PLACE] = _U(short) << _LENGTH_SHIFT | _U(place)
+    for k in range(length):
+        arena[place + k] = buffer[start + k]
+    arena[place + length] = TEXT_END
+    return place + length + 1
+
+
+@kernel
+def chunk_place(table, slot):
+    """Where the bytes of the chunk in a slot begin in the arena, or -1 for an empty slot."""
+    place = table[slot, PLACE]
+    return np.int64(place & _PLACE_MASK) if place else -1
