@@ -2,6 +2,7 @@
 
 python -m experiments.bpe_tokenizer
 python -m experiments.bpe_tokenizer --vocab-size 2000 --corpus articles.parquet --corpus-bytes 2000000
+python -m experiments.bpe_tokenizer --explain "L'éléphant mange."
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from experiments.command_line import program
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import held_out_documents, survey_corpus, train_documents
 from jaxlm.reports.figures import tokenizer_figure
-from jaxlm.reports.tables import rows_table, token_text, visible
-from jaxlm.runs import check_writable, console
+from jaxlm.reports.tables import rows_table, token_text
+from jaxlm.runs import check_writable, console, share_progress
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, visible
 
 SENTENCE = "L'été, les hirondelles reviennent nicher sous les toits du village."
 
@@ -36,7 +37,8 @@ class Config:
     seed: int = 0  # which held-out sentences are shown
     vocab_size: int = 1_000  # 256 bytes, the merges, and end-of-text
     steps: int | None = None  # learn so many merges instead: the vocabulary is 257 + steps
-    split: str = "gpt4"  # how text is cut into chunks before BPE: gpt2, gpt4 or none
+    split: str = "gpt4"  # how text is cut into chunks before BPE: gpt2, gpt4, o200k or none
+    explain: str | None = None  # show how this text is encoded, merge by merge, by the tokenizer of the workdir
     sentences: int = 3  # held-out sentences shown in coloured tokens
 
     def __post_init__(self) -> None:
@@ -57,6 +59,9 @@ def main(config: Config) -> None:
     check_writable(Path(config.workdir))
     if (Path(config.workdir) / "config.json").exists():
         raise InputError(f"{config.workdir} holds a training run; choose another --workdir.")
+    if config.explain is not None and (Path(config.workdir) / "tokenizer.json").exists():
+        explain(load_tokenizer(config.workdir), config)
+        return
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     vocab_size = config.vocab_size if config.steps is None else 257 + config.steps
@@ -64,6 +69,10 @@ def main(config: Config) -> None:
     held_out_texts = list(held_out_documents(corpus, survey))
 
     bpe = train_bpe(train_texts, vocab_size, config.split)
+    if config.explain is not None:
+        bpe.save(config.workdir)
+        explain(bpe, config)
+        return
     tokenizers: dict[str, Tokenizer] = {"characters": CharTokenizer.train(train_texts), f"BPE {config.split}": bpe}
     for model_type in ("bpe", "unigram"):
         try:
@@ -92,14 +101,29 @@ def main(config: Config) -> None:
 
 def train_bpe(texts: Sequence[str], vocab_size: int, split: str) -> BPETokenizer:
     """Trains, printing the first merges and then ever fewer of them: 1, 2, ... 10, 20, ... 100, 200, ..."""
-    console.print(f"[bold]{'merge':>7}  {'count':>9}  token[/]")
+    with share_progress("merging", max(1, vocab_size - 257)) as progress:
+        progress.console.print(f"[bold]{'merge':>7}  {'count':>9}  token[/]")
 
-    def show(index: int, token: bytes, count: int) -> None:
-        number = index + 1
-        if number % 10 ** (len(str(number)) - 1) == 0:
-            console.print(f"{number:>7,}  {count:>9,}  ", visible(token), sep="", markup=False)
+        def show(index: int, token: bytes, count: int) -> None:
+            number = index + 1
+            if number % 10 ** (len(str(number)) - 1) == 0:
+                progress.console.print(f"{number:>7,}  {count:>9,}  ", visible(token), sep="", markup=False)
+            if number % 100 == 0:
+                progress.advance(progress.task_ids[0], 100)
 
-    return BPETokenizer.train(texts, vocab_size, split=split, on_merge=show)
+        return BPETokenizer.train(texts, vocab_size, split=split, on_merge=show)
+
+
+def explain(tokenizer: Tokenizer, config: Config) -> None:
+    """The table of how one text is encoded."""
+    assert config.explain is not None
+    if not isinstance(tokenizer, BPETokenizer):
+        raise InputError(f"{config.workdir} holds a {tokenizer.kind} tokenizer; --explain shows the merges of a BPE.")
+    console.print(tokenizer.explain(config.explain))
+    ids = tokenizer.encode(config.explain, allowed_special="none")
+    tokens = [tokenizer.token_bytes(token_id) for token_id in ids]
+    console.print(f"{len(config.explain.encode())} bytes, {len(ids)} tokens  ", end="")
+    console.print(token_text(tokens, colour=console.is_terminal), soft_wrap=True)
 
 
 def compression_table(tokenizers: dict[str, Tokenizer], texts: Sequence[str]) -> object:

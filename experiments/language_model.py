@@ -18,7 +18,7 @@ from jaxlm.model import ModelConfig, init
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
-from jaxlm.runs import Run, byte_progress, console, read_metrics
+from jaxlm.runs import Run, share_progress, console, read_metrics
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
 from jaxlm.training import TrainConfig, evaluate_run, load_trained, train
@@ -75,7 +75,7 @@ def train_and_show(
 
 def tokenize(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> TokenizedCorpus:
     """Token shards of the corpus, with a progress bar while they are made."""
-    with byte_progress("tokenizing", survey.bytes) as progress:
+    with share_progress("tokenizing", survey.bytes) as progress:
         advance = partial(progress.advance, progress.task_ids[0])
         return tokenize_corpus(corpus, survey, tokenizer, on_document=advance)
 

@@ -204,8 +204,8 @@ def training_progress() -> Progress:
     )
 
 
-def byte_progress(description: str, total_bytes: int) -> Progress:
-    """A bar for work that is measured in bytes; advance its only task."""
+def share_progress(description: str, total: int) -> Progress:
+    """A bar that shows which share of `total` is done, bytes or merges; advance its only task."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -215,7 +215,7 @@ def byte_progress(description: str, total_bytes: int) -> Progress:
         disable=not console.is_terminal,
         transient=True,
     )
-    progress.add_task(description, total=total_bytes)
+    progress.add_task(description, total=total)
     return progress
 
 

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxlm.reports.tables import TOKEN_COLOURS, visible
+from jaxlm.reports.tables import TOKEN_COLOURS
+from jaxlm.tokenizers.base import visible
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 

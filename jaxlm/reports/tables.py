@@ -10,9 +10,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from jaxlm.tokenizers.base import visible
+
 # Backgrounds for neighbouring tokens, light enough for black letters.
 TOKEN_COLOURS = ("#a6cee3", "#fdbf6f", "#b2df8a", "#fb9a99", "#cab2d6", "#ffff99")
-_VISIBLE = str.maketrans({"\n": "⏎", "\t": "→", " ": "·", "\r": "␍"})
 
 
 def parameter_table(params: Any) -> Table:
@@ -40,11 +41,6 @@ def token_text(tokens: Iterable[bytes], *, colour: bool = True) -> Text:
     for index, token in enumerate(tokens):
         text.append(visible(token), style=f"black on {TOKEN_COLOURS[index % len(TOKEN_COLOURS)]}")
     return text
-
-
-def visible(token: bytes) -> str:
-    """One token as it can be shown on a line; an escape marker, which stands for no byte, as `◇`."""
-    return token.decode("utf-8", errors="backslashreplace").translate(_VISIBLE) if token else "◇"
 
 
 def comparison_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:

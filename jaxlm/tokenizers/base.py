@@ -24,6 +24,7 @@ AllowedSpecial = Literal["all", "none"] | Collection[str]
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+_VISIBLE = str.maketrans({"\n": "⏎", "\t": "→", " ": "·", "\r": "␍"})
 
 
 class InputError(ValueError):
@@ -186,6 +187,11 @@ class Tokenizer(ABC):
             worst = int(array.min() if array.min() < 0 else array.max())
             raise InputError(f"The id {worst} is outside the vocabulary of {self.vocab_size} ids.")
         return array.astype(np.int64, copy=False)
+
+
+def visible(token: bytes) -> str:
+    """One token as it can be shown on a line; an escape marker, which stands for no byte, as `◇`."""
+    return token.decode("utf-8", errors="backslashreplace").translate(_VISIBLE) if token else "◇"
 
 
 def longest_first(names: Iterable[str]) -> re.Pattern[str]:

@@ -398,6 +398,8 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
     splitter = Splitter(split, pattern)
     idle: list[ChunkCounts] = []
+    if isinstance(texts, str | bytes):
+        raise InputError("Training takes an iterable of texts; put a single text into a list.")
 
     def count(block: list[str]) -> None:
         try:
@@ -409,7 +411,7 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
             counts.add(buffer, start, ends)
         idle.append(counts)
 
-    pieces = (piece for text in check_texts(texts) for piece in splitter.cut([text], _BLOCK))
+    pieces = (piece for text in texts for piece in splitter.cut([text], _BLOCK))
     _map(count, _blocks(pieces), num_threads)
     total = max(idle, key=lambda counts: counts.size[0], default=ChunkCounts())
     for counts in idle:

@@ -279,14 +279,16 @@ def merge(
 def _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair):
     """The true count of a pair. Places where it no longer stands are taken from its list."""
     left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _RIGHT
+    length = lengths[left]
     kept = pairs[pair, LIST]
     true_count = 0
     for index in range(kept, kept + pairs[pair, LENGTH]):
         place = places[index]
-        if symbols[place] == left and symbols[place + lengths[left]] == right:
-            places[kept] = place
-            kept += 1
-            true_count += count_of[chunk_of[place]]
+        # Without a branch, which would be foreseen wrongly half of the time.
+        stands = np.int64(symbols[place] == left) & np.int64(symbols[place + length] == right)
+        places[kept] = place
+        kept += stands
+        true_count += stands * count_of[chunk_of[place]]
     pairs[pair, LENGTH] = kept - pairs[pair, LIST]
     return true_count
 

@@ -34,7 +34,7 @@ _OTHERS = MARK | OTHER  # [^\s\p{L}\p{N}]
 _WHITE = SPACE | NEWLINE  # \s
 _PREFIX = MARK | SPACE | OTHER  # [^\r\n\p{L}\p{N}]
 
-_ENDS = 4096  # chunks whose ends are written at once, which stay in the processor's cache
+_ENDS = 8192  # chunks whose ends are written at once, which stay in the processor's cache
 _CUT_SEARCH = 1000
 PADDING = 24  # bytes 0xFF after the last text, since eight bytes are looked at together
 _APOSTROPHE, _SLASH, _BLANK = ord("'"), ord("/"), ord(" ")

@@ -7,7 +7,8 @@ import io
 import jax.numpy as jnp
 from rich.console import Console, RenderableType
 
-from jaxlm.reports.tables import comparison_table, deviation, parameter_table, rows_table, token_text, visible
+from jaxlm.reports.tables import comparison_table, deviation, parameter_table, rows_table, token_text
+from jaxlm.tokenizers.base import visible
 
 
 def rendered(table: RenderableType) -> str:
