@@ -1,6 +1,6 @@
 """One library's tokenizer in a process of its own, which does what it is told and says how long that took.
 
-    python -m experiments.benchmarks.tokenizer_libraries jaxlm 2 --corpus builtin
+    python -m experiments.benchmarks.tokenizer_libraries jaxlm 2 builtin
 
 Reads commands, one JSON object a line, from standard input, and answers each with one on standard output. Started by
 `experiments.benchmarks.tokenizers`, so that memory and threads of one library have nothing to do with another's.
@@ -16,8 +16,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,17 +31,20 @@ PLAIN_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s+\z|\s*[\r\n]|\s+(?!\S)|\s"
 )
-Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 
 class Library:
-    """`train` gives the merges learned, as bytes, or None if it learns none that can be compared."""
+    """What all have in common. A library that can't train, or can't encode, doesn't say how."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
-    def train(self, texts: Sequence[str], vocab_size: int) -> list[bytes] | None:
-        raise ValueError(f"{type(self).__name__} trains no tokenizer")
+    def train(self, texts: Sequence[str], vocab_size: int) -> None:
+        raise NotImplementedError
+
+    def learned(self) -> list[bytes] | None:
+        """The bytes of the tokens learned, in order; None if the algorithm is another one."""
+        return None
 
     def load(self, directory: str, texts: Sequence[str]) -> None:
         """Takes the tokenizer in `directory`, or trains its own of the same size."""
@@ -53,9 +55,13 @@ class Library:
 
 
 class Jaxlm(Library):
-    def train(self, texts: Sequence[str], vocab_size: int) -> list[bytes]:
-        tokenizer = BPETokenizer.train(texts, vocab_size, special_tokens=(), num_threads=self.threads)
-        return [tokenizer.token_bytes(token_id) for token_id in range(256, vocab_size)]
+    tokenizer: BPETokenizer
+
+    def train(self, texts: Sequence[str], vocab_size: int) -> None:
+        self.tokenizer = BPETokenizer.train(texts, vocab_size, special_tokens=(), num_threads=self.threads)
+
+    def learned(self) -> list[bytes]:
+        return [self.tokenizer.token_bytes(token_id) for token_id in range(256, self.tokenizer.vocab_size)]
 
     def encode(self, texts: Sequence[str]) -> Sequence[Any]:
         if len(texts) == 1:
@@ -69,11 +75,12 @@ class Jaxlm(Library):
 
 
 class Reference(Library):
-    def train(self, texts: Sequence[str], vocab_size: int) -> list[bytes]:
-        tokens = [bytes([byte]) for byte in range(256)]
-        for left, right in train((chunk for text in texts for chunk in split(text, PATTERN)), vocab_size - 256):
-            tokens.append(tokens[left] + tokens[right])
-        return tokens[256:]
+    def train(self, texts: Sequence[str], vocab_size: int) -> None:
+        chunks = (chunk for text in texts for chunk in split(text, PATTERN))
+        self.tokenizer = BPETokenizer(train(chunks, vocab_size - 256), special_tokens=())
+
+    def learned(self) -> list[bytes]:
+        return [self.tokenizer.token_bytes(token_id) for token_id in range(256, self.tokenizer.vocab_size)]
 
     def encode(self, texts: Sequence[str]) -> Sequence[Any]:
         merges = self.tokenizer.merges
@@ -81,11 +88,13 @@ class Reference(Library):
 
 
 class Rustbpe(Library):
-    def train(self, texts: Sequence[str], vocab_size: int) -> list[bytes]:
+    def train(self, texts: Sequence[str], vocab_size: int) -> None:
         import rustbpe
 
         self.tokenizer = rustbpe.Tokenizer()
         self.tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=PATTERN)
+
+    def learned(self) -> list[bytes]:
         return [bytes(token) for token, _ in self.tokenizer.get_mergeable_ranks()][256:]
 
     def load(self, directory: str, texts: Sequence[str]) -> None:
@@ -98,35 +107,36 @@ class Rustbpe(Library):
 
 
 class Bpeasy(Library):
-    def train(self, texts: Sequence[str], vocab_size: int) -> list[bytes]:
+    def train(self, texts: Sequence[str], vocab_size: int) -> None:
         import bpeasy
 
-        ranks = bpeasy.train_bpe(iter(texts), PATTERN, 1_000, vocab_size)
-        return sorted(ranks, key=ranks.__getitem__)[256:]
+        self.ranks = bpeasy.train_bpe(iter(texts), PATTERN, 1_000, vocab_size)
+
+    def learned(self) -> list[bytes]:
+        return sorted(self.ranks, key=self.ranks.__getitem__)[256:]
 
 
 class HuggingFace(Library):
-    def train(self, texts: Sequence[str], vocab_size: int) -> list[bytes]:
+    def train(self, texts: Sequence[str], vocab_size: int) -> None:
         import tokenizers
         from tokenizers import models, pre_tokenizers, trainers
 
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        self.tokenizer = tokenizers.Tokenizer(models.BPE())
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(tokenizers.Regex(PLAIN_PATTERN), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        )
-        tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet)
+        self.tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+
+    def learned(self) -> list[bytes]:
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save(f"{folder}/tokenizer.json")
+            self.tokenizer.save(f"{folder}/tokenizer.json")
             read = BPETokenizer.from_huggingface(f"{folder}/tokenizer.json")
-        return sorted((read.token_bytes(i) for i in read.ids[256:]), key=len) and [
-            read.token_bytes(token_id) for token_id in read.ids[256:]
-        ]
+        return [read.token_bytes(token_id) for token_id in read.ids[256:]]
 
     def load(self, directory: str, texts: Sequence[str]) -> None:
         import tokenizers
@@ -209,6 +219,10 @@ def fingerprint(encoded: Sequence[Any]) -> str:
     return code.hexdigest()
 
 
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def serve(name: str, threads: int, corpus: str) -> None:
     """Answers commands until standard input ends."""
     library = LIBRARIES[name](threads)
@@ -225,12 +239,14 @@ def serve(name: str, threads: int, corpus: str) -> None:
                 if size > command["max_bytes"] and texts:
                     break
                 texts.append(text)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _peak_mb()
         answer: dict[str, Any] = {}
         started = time.perf_counter()
         if command["do"] == "train":
-            tokens = library.train(texts, command["vocab_size"])
+            library.train(texts, command["vocab_size"])
             answer["seconds"] = time.perf_counter() - started
+            answer["peak_mb"] = _peak_mb()
+            tokens = library.learned()
             answer["tokens"] = None if tokens is None else [token.hex() for token in tokens]
             answer["bytes"] = sum(len(text.encode()) for text in texts)
         elif command["do"] == "load":
@@ -249,10 +265,10 @@ def serve(name: str, threads: int, corpus: str) -> None:
                 decoded = library.decode(encoded)
                 answer["decode_seconds"] = time.perf_counter() - started
                 assert decoded == texts
-        answer["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answer["before_mb"] = before / 1024
+        answer.setdefault("peak_mb", _peak_mb())
+        answer["before_mb"] = before
         print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), str(Path(sys.argv[4])) if sys.argv[4] != "builtin" else "builtin")
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])

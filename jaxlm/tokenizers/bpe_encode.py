@@ -26,6 +26,7 @@ from jaxlm.tokenizers.bpe_kernels import (
     inlined,
     kernel,
     load8,
+    replace_pair,
     store8,
 )
 
@@ -53,7 +54,7 @@ class PairTable:
         self.table = np.zeros((1 << max(4, (2 * len(merges)).bit_length()), 2), np.uint64)
         self.lengths = np.ones(256 + len(merges), np.int32)
         fill_pairs(merges, self.table, self.lengths)
-        self.ids = ids
+        self.merges, self.ids = merges, ids
         self.whole = chunk_table(max(4, (2 * len(whole)).bit_length()))
         self.whole_arena = np.empty(sum(len(chunk) + 1 for chunk in whole) + 24, np.uint8)
         place = 0
@@ -74,15 +75,16 @@ class Workspace:
         self.ids = np.empty(_CACHED_CHUNKS * 4, np.int32)
         self.size = np.zeros(3, np.int64)  # chunks, bytes of the arena, ids
         self.short = np.empty((2, SHORT + 1), np.int64)
-        # For long chunks: the first and the last place listed for each symbol to come, and a heap of those that have any.
-        self.lists = np.full((3, num_symbols), -1, np.int32)
-        self.symbols = np.empty(0, np.int32)
-        self.places = np.empty((0, 2), np.int32)
+        self.lists = np.zeros(
+            (3, num_symbols), np.int32
+        )  # for long chunks, see `_encode_long`; and so what `make_room` makes
+        self.make_room(0)
 
     def make_room(self, length: int) -> None:
         """Room for a chunk of so many bytes. What isn't written to takes no memory."""
-        self.symbols = np.empty(length + 2, np.int32)
-        self.places = np.empty((3 * length, 2), np.int32)
+        self.symbols = np.empty(length + 1, np.int32)
+        self.places = np.empty(3 * length, np.int32)
+        self.neighbours, self.results = np.empty((2, length + 2), np.int32)
 
     def release(self) -> None:
         """Gives back the room for a chunk of megabytes."""
@@ -106,8 +108,8 @@ def encode_buffer(
         while True:
             done += encode(
                 buffer, start, ends[done:], offsets[1:], progress,
-                room.cache, room.arena, room.ids, room.size, room.short, room.lists, room.symbols, room.places,
-                pairs.table, pairs.lengths, pairs.ids, pairs.whole, pairs.whole_arena,
+                room.cache, room.arena, room.ids, room.size, room.short, room.lists, room.symbols, room.places, room.neighbours, room.results,
+                pairs.table, pairs.merges, pairs.lengths, pairs.ids, pairs.whole, pairs.whole_arena,
                 out,
             )  # fmt: skip
             if done == len(ends):
@@ -165,8 +167,8 @@ def enter_whole(table, arena, place, chunk, length, token_id):
 @kernel
 def encode(
     buffer, start, ends, text_ids, progress,
-    cache, arena, cached_ids, size, short_room, lists, symbols, places,
-    pairs, lengths, ids, whole, whole_arena,
+    cache, arena, cached_ids, size, short_room, lists, symbols, places, neighbours, results,
+    pairs, merges, lengths, ids, whole, whole_arena,
     out,
 ):  # fmt: skip
     """Encodes chunks into `out`; `progress` is (texts done, ids written). Returns how many chunks it did.
@@ -192,12 +194,12 @@ def encode(
             for k in range(4, amount):
                 out[count + k] = cached_ids[at + k]
             count += amount
-        elif length > SHORT and length + 2 > len(symbols):
+        elif length > SHORT and length >= len(symbols):
             done = index
             break
         else:
             amount = _encode_new(
-                buffer, start, length, short_room, lists, symbols, places, pairs, lengths, ids, whole, whole_arena, out, count,
+                buffer, start, length, short_room, lists, symbols, places, neighbours, results, pairs, merges, lengths, ids, whole, whole_arena, out, count,
             )  # fmt: skip
             if length <= SHORT:
                 if size[0] == _CACHED_CHUNKS or size[1] + SHORT + 25 > len(arena) or size[2] + SHORT > len(cached_ids):
@@ -224,7 +226,7 @@ def encode(
 
 @kernel
 def _encode_new(
-    buffer, start, length, short_room, lists, symbols, places, pairs, lengths, ids, whole, whole_arena, out, count
+    buffer, start, length, short_room, lists, symbols, places, neighbours, results, pairs, merges, lengths, ids, whole, whole_arena, out, count
 ):  # fmt: skip
     """Writes the ids of one chunk from `out[count]` on; returns how many."""
     first, second, short, code = chunk_key(buffer, start, length)
@@ -233,7 +235,9 @@ def _encode_new(
         out[count] = np.int32(whole[slot, VALUE])
         return 1
     if length > SHORT:
-        return _encode_long(buffer, start, length, lists, symbols, places, pairs, lengths, ids, out, count)
+        return _encode_long(
+            buffer, start, length, lists, symbols, places, neighbours, results, pairs, merges, lengths, ids, out, count
+        )
     return _encode_short(buffer, start, length, short_room, pairs, ids, out, count)
 
 
@@ -270,54 +274,48 @@ def _encode_short(buffer, start, length, room, pairs, ids, out, count):
     return length
 
 
-# The rows of the lists.
-_HEAD, _TAIL, _WAITING = range(3)
+# The rows of the lists: where the list of a result begins among all places, how long it is; and the heap of the results
+# that wait to be worked through.
+_BEGIN, _LENGTH, _WAITING = range(3)
 
 
 @kernel
-def _encode_long(buffer, start, length, lists, symbols, places, pairs, lengths, ids, out, count):
+def _encode_long(
+    buffer, start, length, lists, symbols, places, neighbours, results, pairs, merges, lengths, ids, out, count
+):
     """Merges result by result, the lowest first, each at all its places from left to right.
 
-    A pair that a merge creates has a higher result than that merge, since it holds it. So a list is whole before it is
-    worked through, and its places stand in order. Symbols lie as in training (see `bpe_engine`), with -1 at both ends.
+    A pair that a merge creates has a higher result than that merge, since it holds it, and all its places are known once
+    that merge is done. So the list of a result is whole before it is worked through.
     """
-    symbols[0] = -1
     for k in range(length):
-        symbols[1 + k] = buffer[start + k]
-    symbols[length + 1] = -1
-    listed = waiting = 0
-    for place in range(1, length):
-        _, result = _find_pair(pairs, symbols[place], symbols[place + 1])
-        if result:
-            listed, waiting = _list_place(lists, places, result, place, listed, waiting)
+        symbols[k] = buffer[start + k]
+    symbols[length] = -1
+    for place in range(length - 1):
+        _, results[place] = _find_pair(pairs, symbols[place], symbols[place + 1])
+    listed, waiting = _open_lists(lists, results, length - 1, 0, 0)
+    for place in range(length - 1):
+        _append(lists, places, results[place], place)
     while waiting:
-        result, waiting = _lowest_waiting(lists, waiting)
-        node = lists[_HEAD, result]
-        lists[_HEAD, result] = -1
-        while node >= 0:
-            place = places[node, 0]
-            node = places[node, 1]
-            left = symbols[place]
-            if left < 0:
-                continue
-            middle = place + lengths[left]
-            if symbols[middle] < 0 or _find_pair(pairs, left, symbols[middle])[1] != result:
-                continue  # a merge beside it has taken one of the two
-            symbols[middle] = -2
-            symbols[place] = result
-            symbols[place + lengths[result] - 1] = result
-            before, after = symbols[place - 1], symbols[place + lengths[result]]
+        new, waiting = _lowest_waiting(lists, waiting)
+        begin = lists[_BEGIN, new] - lists[_LENGTH, new]  # filling it moved its begin to its end
+        left, right = merges[new - 256, 0], merges[new - 256, 1]
+        end = replace_pair(symbols, lengths, places, begin, lists[_BEGIN, new], left, right, new, neighbours)
+        lists[_LENGTH, new] = 0
+        for index in range(end - begin):
+            before, after = neighbours[2 * index], neighbours[2 * index + 1]
+            results[2 * index] = results[2 * index + 1] = 0
             if before >= 0:
-                _, new = _find_pair(pairs, before, result)
-                if new:
-                    listed, waiting = _list_place(lists, places, new, place - lengths[before], listed, waiting)
+                _, results[2 * index] = _find_pair(pairs, before, new)
             if after >= 0:
-                _, new = _find_pair(pairs, result, after)
-                if new:
-                    listed, waiting = _list_place(lists, places, new, place, listed, waiting)
-    place = 1
-    written = 0
-    while place <= length:
+                _, results[2 * index + 1] = _find_pair(pairs, new, after)
+        listed, waiting = _open_lists(lists, results, 2 * (end - begin), listed, waiting)
+        for index in range(end - begin):
+            if results[2 * index]:
+                _append(lists, places, results[2 * index], places[begin + index] - lengths[neighbours[2 * index]])
+            _append(lists, places, results[2 * index + 1], places[begin + index])
+    place = written = 0
+    while place < length:
         out[count + written] = ids[symbols[place]]
         written += 1
         place += lengths[symbols[place]]
@@ -325,22 +323,33 @@ def _encode_long(buffer, start, length, lists, symbols, places, pairs, lengths, 
 
 
 @kernel
-def _list_place(lists, places, result, place, listed, waiting):
-    """Appends a place to the list of a result, and the result to the heap of those that wait."""
-    places[listed, 0] = place
-    places[listed, 1] = -1
-    if lists[_HEAD, result] >= 0:
-        places[lists[_TAIL, result], 1] = listed
-    else:
-        lists[_HEAD, result] = listed
-        i = waiting
-        waiting += 1
+def _open_lists(lists, results, number, listed, waiting):
+    """Room for the list of each result that occurs among the first `number`, which from now on waits."""
+    first = waiting
+    for index in range(number):
+        result = results[index]
+        if result:
+            if lists[_LENGTH, result] == 0:
+                lists[_WAITING, waiting] = result
+                waiting += 1
+            lists[_LENGTH, result] += 1
+    for index in range(first, waiting):
+        result = lists[_WAITING, index]
+        lists[_BEGIN, result] = listed
+        listed += lists[_LENGTH, result]
+        i = index
         while i > 0 and lists[_WAITING, (i - 1) >> 1] > result:
             lists[_WAITING, i] = lists[_WAITING, (i - 1) >> 1]
             i = (i - 1) >> 1
         lists[_WAITING, i] = result
-    lists[_TAIL, result] = listed
-    return listed + 1, waiting
+    return listed, waiting
+
+
+@kernel
+def _append(lists, places, result, place):
+    if result:
+        places[lists[_BEGIN, result]] = place
+        lists[_BEGIN, result] += 1
 
 
 @kernel

@@ -7,9 +7,6 @@ The merges are those of `bpe_reference.train`, and what makes them fast are thre
   its two ids has been made: they are listed then, one after the other, and no list ever grows (`_list_new_pairs`).
 * From then on a pair's count can only fall. So the priority queue may hold counts that are too high: the true one is
   taken when a pair comes to its top, and the pair goes back if it was lower (`merge`).
-
-The chunks stand in one array of symbols, each closed by -1. A symbol that has become as long as n bytes keeps its n
-places: its id stands in the first and in the last of them, so that both neighbours are found from the lengths of ids.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ from jaxlm.tokenizers.bpe_kernels import (
     find_slot,
     inlined,
     kernel,
+    replace_pair,
 )
 
 _U = np.uint64
@@ -167,6 +165,10 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     symbols, chunk_of = np.empty(size + 1, np.int32), np.empty(size + 1, np.int32)
     count_of = np.empty(int(counts.size[0]), np.int64)
     lay_out(counts.table, counts.arena, symbols, chunk_of, count_of)
+    if (
+        count_of.size and count_of.min() == count_of.max()
+    ):  # then it needn't be looked up, as where all texts are one chunk
+        count_of = count_of[:1]
     # No more than twice the places can be listed anew. What isn't written to takes no memory.
     places = np.empty(3 * size + 1, np.int32)
     pairs = np.empty((1 << 17, 5), np.int64)
@@ -180,19 +182,26 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     num_ids = 256 + num_merges
     lengths = np.ones(num_ids, np.int32)
     merges, merge_counts = np.empty((num_merges, 2), np.int32), np.empty(num_merges, np.int64)
-    # For each id as a neighbour of the new one: the count and the number of places of its pair, left and right of it.
+    neighbours = np.empty(size + 2, np.int32)  # of a pair's places, of which there are half as many as bytes
+    # For each id as a neighbour of the new one, left and right of it: the number of places of their pair, and its count.
     beside = np.zeros((num_ids, 4), np.int64)
     touched = np.empty(2 * num_ids, np.int64)
     for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
         while merge(
-            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, beside, touched,
+            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, neighbours, beside, touched
         ):  # fmt: skip
-            pairs = np.concatenate([pairs, np.empty_like(pairs)])
-            heap = np.concatenate([heap, np.empty_like(heap)])
+            pairs, heap = _doubled(pairs), _doubled(heap)
         done = int(state[MERGES])
         yield merges[:done], merge_counts[:done]
         if done < goal:
             return
+
+
+def _doubled(array: Array64) -> Array64:
+    """The same rows and as many new ones, which take no memory before they are written to."""
+    larger = np.empty((2 * len(array), array.shape[1]), array.dtype)
+    larger[: len(array)] = array
+    return larger
 
 
 @kernel
@@ -219,7 +228,7 @@ def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, 
     for place in range(len(symbols) - 1):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
             pair = symbols[place] << 8 | symbols[place + 1]
-            byte_pairs[0, pair] += count_of[chunk_of[place]]
+            byte_pairs[0, pair] += _amount(chunk_of, count_of, place)
             byte_pairs[1, pair] += 1
     for pair in range(1 << 16):
         if byte_pairs[1, pair]:
@@ -236,7 +245,7 @@ def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, 
 
 @kernel
 def merge(
-    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, beside, touched
+    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, neighbours, beside, touched
 ):  # fmt: skip
     """Merges until there are `goal` merges or no pair is left; returns True if it needs a larger table of pairs first."""
     while state[MERGES] < goal:
@@ -251,7 +260,7 @@ def merge(
                 pair = pairs[pair, NEXT]
             continue
         pair = heap[0, 2]
-        if state[PAIRS] + 2 * pairs[pair, LENGTH] > len(pairs):
+        if state[PAIRS] + 2 * min(pairs[pair, LENGTH], 256 + state[MERGES]) > len(pairs):
             return True
         _pop(heap, state)
         true_count = _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair)
@@ -268,10 +277,12 @@ def merge(
         state[MERGES] += 1
         lengths[new] = lengths[left] + lengths[right]
         begin = pairs[pair, LIST]
-        end = _replace(symbols, lengths, places, begin, begin + pairs[pair, LENGTH], left, right, new)
+        end = replace_pair(
+            symbols, lengths, places, begin, begin + pairs[pair, LENGTH], left, right, new, neighbours
+        )  # fmt: skip
         _list_new_pairs(
-            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, beside, touched
-        )
+            chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, neighbours, beside, touched
+        )  # fmt: skip
     return False
 
 
@@ -288,70 +299,49 @@ def _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair):
         stands = np.int64(symbols[place] == left) & np.int64(symbols[place + length] == right)
         places[kept] = place
         kept += stands
-        true_count += stands * count_of[chunk_of[place]]
+        true_count += stands * _amount(chunk_of, count_of, place)
     pairs[pair, LENGTH] = kept - pairs[pair, LIST]
     return true_count
 
 
 @kernel
-def _replace(symbols, lengths, places, begin, end, left, right, new):
-    """Merges a pair, from left to right, at the places listed; keeps those where it did (of "aaa" the first alone)."""
-    kept = begin
-    for index in range(begin, end):
-        place = places[index]
-        middle = place + lengths[left]
-        if symbols[place] == left and symbols[middle] == right:
-            symbols[middle] = -2  # no symbol begins here any more
-            symbols[place] = new
-            symbols[place + lengths[new] - 1] = new
-            places[kept] = place
-            kept += 1
-    return kept
+def _list_new_pairs(
+    chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, neighbours, beside, touched
+):  # fmt: skip
+    """Counts, lists and enqueues the pairs that the new id makes with its neighbours."""
+    num_touched = 0
+    for index in range(end - begin):
+        amount = _amount(chunk_of, count_of, places[begin + index])
+        for side in range(2):
+            neighbour = neighbours[2 * index + side]
+            if neighbour >= 0:
+                if beside[neighbour, 2 * side] == 0:
+                    touched[num_touched] = 2 * neighbour + side
+                    num_touched += 1
+                beside[neighbour, 2 * side] += 1
+                beside[neighbour, 2 * side + 1] += amount
+    for index in range(num_touched):
+        neighbour, column = touched[index] >> 1, 2 * (touched[index] & 1)
+        key = new << 32 | neighbour if column else neighbour << 32 | new
+        _enter_pair(pairs, state, key, beside[neighbour, column + 1], beside[neighbour, column])
+        _enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
+        beside[neighbour, column] = pairs[state[PAIRS] - 1, LIST]
+    for index in range(end - begin):
+        for side in range(2):
+            neighbour = neighbours[2 * index + side]
+            if neighbour >= 0:
+                places[beside[neighbour, 2 * side]] = places[begin + index] - (0 if side else lengths[neighbour])
+                beside[neighbour, 2 * side] += 1
+    for index in range(num_touched):
+        neighbour, column = touched[index] >> 1, 2 * (touched[index] & 1)
+        beside[neighbour, column] = 0
+        beside[neighbour, column + 1] = 0
 
 
 @kernel
-def _list_new_pairs(
-    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, beside, touched
-):
-    """Counts, lists and enqueues the pairs that the new id makes with its neighbours."""
-    num_touched = 0
-    for index in range(begin, end):
-        place = places[index]
-        amount = count_of[chunk_of[place]]
-        before = symbols[place - 1] if place else -1
-        after = symbols[place + lengths[new]]
-        if before >= 0 and before != new:  # two new ones in a row are one pair, seen from the first of them
-            if beside[before, 1] == 0:
-                touched[num_touched] = 2 * before
-                num_touched += 1
-            beside[before, 0] += amount
-            beside[before, 1] += 1
-        if after >= 0:
-            if beside[after, 3] == 0:
-                touched[num_touched] = 2 * after + 1
-                num_touched += 1
-            beside[after, 2] += amount
-            beside[after, 3] += 1
-    for index in range(num_touched):
-        neighbour, side = touched[index] >> 1, 2 * (touched[index] & 1)
-        key = new << 32 | neighbour if side else neighbour << 32 | new
-        _enter_pair(pairs, state, key, beside[neighbour, side], beside[neighbour, side + 1])
-        _enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
-        beside[neighbour, side + 1] = pairs[state[PAIRS] - 1, LIST]
-    for index in range(begin, end):
-        place = places[index]
-        before = symbols[place - 1] if place else -1
-        after = symbols[place + lengths[new]]
-        if before >= 0 and before != new:
-            places[beside[before, 1]] = place - lengths[before]
-            beside[before, 1] += 1
-        if after >= 0:
-            places[beside[after, 3]] = place
-            beside[after, 3] += 1
-    for index in range(num_touched):
-        neighbour, side = touched[index] >> 1, 2 * (touched[index] & 1)
-        beside[neighbour, side] = 0
-        beside[neighbour, side + 1] = 0
+def _amount(chunk_of, count_of, place):
+    """How often the chunk at a place occurs."""
+    return count_of[chunk_of[place]] if len(count_of) > 1 else count_of[0]
 
 
 @kernel

@@ -181,3 +181,43 @@ def chunk_place(table, slot):
     """Where the bytes of the chunk in a slot begin in the arena, or -1 for an empty slot."""
     place = table[slot, PLACE]
     return np.int64(place & _PLACE_MASK) if place else -1
+
+
+# ---- symbols: a text while its pairs are merged
+#
+# Symbols stand in one array, with -1 between and after chunks. A symbol that stands for n bytes keeps their n places:
+# its id stands in the first and in the last of them, so that both neighbours are found from the lengths of ids.
+
+GONE = -2  # in a place where a symbol began that was merged into the one before it
+
+
+@kernel
+def replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbours):
+    """Merges a pair, from left to right, where it still stands among `places[begin:end]`, which rise.
+
+    Returns where the places end that are kept: those where it did stand (of "aaa" the first alone). For the i-th of
+    them, the symbols before and after it go into neighbours[2 * i] and [2 * i + 1], once all are merged; -1 is none. Two
+    new symbols in a row are each other's neighbours once, in the view of the first.
+    """
+    kept = begin
+    for index in range(begin, end):
+        place = places[index]
+        middle = place + lengths[left]
+        if symbols[place] == left and symbols[middle] == right:
+            symbols[middle] = GONE
+            symbols[place] = new
+            symbols[place + lengths[new] - 1] = new
+            places[kept] = place
+            kept += 1
+            if kept - begin > 1:  # nothing changes around the one before any more
+                _note_neighbours(symbols, lengths, places[kept - 2], new, neighbours, 2 * (kept - 2 - begin))
+    if kept > begin:
+        _note_neighbours(symbols, lengths, places[kept - 1], new, neighbours, 2 * (kept - 1 - begin))
+    return kept
+
+
+@kernel
+def _note_neighbours(symbols, lengths, place, new, neighbours, at):
+    before = symbols[place - 1]  # before the first place of all, this is the -1 at the end
+    neighbours[at] = before if before != new else -1
+    neighbours[at + 1] = symbols[place + lengths[new]]
