@@ -184,7 +184,7 @@ class BPETokenizer(Tokenizer):
 
     def _encode_texts(self, texts: Sequence[str]) -> tuple[IdArray, npt.NDArray[np.int64]]:
         """The ids of texts without special tokens, and where those of each begin and end: offsets, one more."""
-        from jaxlm.tokenizers.bpe_encode import encode_buffer
+        from jaxlm.tokenizers.bpe_encode import encode_chunks
         from jaxlm.tokenizers.bpe_split import make_buffer
 
         try:
@@ -192,9 +192,8 @@ class BPETokenizer(Tokenizer):
         except IndexError:
             workspace = self._pairs.workspace()
         buffer = make_buffer([encode_utf8(text) for text in texts])
-        ids, offsets = encode_buffer(
-            buffer, self._splitter.chunk_ends(buffer, texts), len(texts), self._pairs, workspace
-        )
+        chunks = self._splitter.begin(buffer, texts)
+        ids, offsets = encode_chunks(chunks, len(texts), self._pairs, workspace)
         self._workspaces.append(workspace)
         return ids, offsets
 
@@ -270,10 +269,15 @@ class BPETokenizer(Tokenizer):
 
     def chunks(self, text: str) -> list[bytes]:
         """The chunks of a text, as UTF-8. Joined, they are the text."""
-        from jaxlm.tokenizers.bpe_split import make_buffer
+        from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, make_buffer, next_chunks
 
         buffer = make_buffer([encode_utf8(text)])
-        ends = [end for _, block in self._splitter.chunk_ends(buffer, [text]) for end in block.tolist()]
+        chunks = self._splitter.begin(buffer, [text])
+        *_, block, where = chunks
+        ends: list[int] = []
+        while next_chunks(*chunks):
+            ends += block[: where[KNOWN]].tolist()
+            where[DONE], where[START] = where[KNOWN], ends[-1]
         return [buffer[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)]
 
     @classmethod
@@ -407,8 +411,7 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
         except IndexError:
             counts = ChunkCounts()
         buffer = make_buffer([encode_utf8(text) for text in block])
-        for start, ends in splitter.chunk_ends(buffer, block):
-            counts.add(buffer, start, ends)
+        counts.add(splitter.begin(buffer, block))
         idle.append(counts)
 
     pieces = (piece for text in texts for piece in splitter.cut([text], _BLOCK))

@@ -10,8 +10,6 @@ alone. The results are those of `bpe_reference.encode`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import numpy.typing as npt
 
@@ -29,16 +27,14 @@ from jaxlm.tokenizers.bpe_kernels import (
     replace_pair,
     store8,
 )
+from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks
 
 _U = np.uint64
 _LOW = _U(0xFFFFFFFF)
 SHORT = 48  # bytes up to which a chunk is encoded as the textbook does, and cached
 _CACHE_BITS = 18
 _CACHED_CHUNKS = 3 << (_CACHE_BITS - 2)
-# A value of the cache: how many ids, in the highest byte, and either two ids of 28 bits or where more of them begin.
-_COUNT_SHIFT, _ID_SHIFT = _U(56), _U(28)
-_ID_MASK = _U((1 << 28) - 1)
-MAX_ID = (1 << 28) - 1
+_COUNT_SHIFT = _U(56)  # a value of the cache: how many ids, in the highest byte, and where they begin
 
 
 class PairTable:
@@ -75,9 +71,7 @@ class Workspace:
         self.ids = np.empty(_CACHED_CHUNKS * 4, np.int32)
         self.size = np.zeros(3, np.int64)  # chunks, bytes of the arena, ids
         self.short = np.empty((2, SHORT + 1), np.int64)
-        self.lists = np.zeros(
-            (3, num_symbols), np.int32
-        )  # for long chunks, see `_encode_long`; and so what `make_room` makes
+        self.lists = np.zeros((3, num_symbols), np.int32)  # for long chunks, as what `make_room` makes
         self.make_room(0)
 
     def make_room(self, length: int) -> None:
@@ -92,30 +86,22 @@ class Workspace:
             self.make_room(0)
 
 
-def encode_buffer(
-    buffer: npt.NDArray[np.uint8],
-    blocks: Iterable[tuple[int, npt.NDArray[np.int64]]],
-    num_texts: int,
-    pairs: PairTable,
-    room: Workspace,
+def encode_chunks(
+    chunks: Chunks, num_texts: int, pairs: PairTable, room: Workspace
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The ids of the texts in a buffer, whose chunks end where `blocks` says; and the offsets of the texts in them."""
+    """The ids of the texts in a buffer, and where those of each text begin and end: offsets, one more than texts."""
+    buffer, *_, ends, where = chunks
     out = np.empty(len(buffer) + SHORT, np.int32)
     offsets = np.zeros(num_texts + 1, np.int64)
     progress = np.zeros(2, np.int64)
-    for start, ends in blocks:
-        done = 0
-        while True:
-            done += encode(
-                buffer, start, ends[done:], offsets[1:], progress,
-                room.cache, room.arena, room.ids, room.size, room.short, room.lists, room.symbols, room.places, room.neighbours, room.results,
-                pairs.table, pairs.merges, pairs.lengths, pairs.ids, pairs.whole, pairs.whole_arena,
-                out,
-            )  # fmt: skip
-            if done == len(ends):
-                break
-            start = int(ends[done - 1]) if done else start
-            room.make_room(int(ends[done]) - start)
+    while not encode(
+        *chunks, offsets[1:], progress,
+        room.cache, room.arena, room.ids, room.size, room.short,
+        room.lists, room.symbols, room.places, room.neighbours, room.results,
+        pairs.table, pairs.merges, pairs.lengths, pairs.ids, pairs.whole, pairs.whole_arena,
+        out,
+    ):  # fmt: skip
+        room.make_room(int(ends[where[DONE]] - where[START]))
     offsets[1 + progress[0] :] = progress[1]
     out.resize(int(progress[1]), refcheck=False)
     room.release()
@@ -166,62 +152,78 @@ def enter_whole(table, arena, place, chunk, length, token_id):
 
 @kernel
 def encode(
-    buffer, start, ends, text_ids, progress,
-    cache, arena, cached_ids, size, short_room, lists, symbols, places, neighbours, results,
+    buffer, classes, scheme, ends, where, text_ids, progress,
+    cache, arena, cached_ids, size, short_room,
+    lists, symbols, places, neighbours, results,
     pairs, merges, lengths, ids, whole, whole_arena,
     out,
 ):  # fmt: skip
-    """Encodes chunks into `out`; `progress` is (texts done, ids written). Returns how many chunks it did.
+    """Encodes chunks into `out` until all are done; False if there is no room for the next one, which is long.
 
-    Where a text ends, the number of ids so far goes into `text_ids`. A chunk too long for `symbols` stops it.
+    `progress` is (texts done, ids written). Where a text ends, the number of ids so far goes into `text_ids`.
     """
     text, count = progress[0], progress[1]
-    done = len(ends)
-    for index in range(len(ends)):
-        while buffer[start] == TEXT_END:
-            text_ids[text] = count
-            text += 1
-            start += 1
-        length = ends[index] - start
-        first, second, short, code = chunk_key(buffer, start, length)
-        slot, found = find_slot(cache, arena, buffer, start, length, first, second, short, code)
-        if found:
-            value = cache[slot, VALUE]
-            amount = np.int64(value >> _COUNT_SHIFT)
-            at = np.int64(value & _LOW)
-            for k in range(4):
-                out[count + k] = cached_ids[at + k]
-            for k in range(4, amount):
-                out[count + k] = cached_ids[at + k]
+    room = True
+    while room and next_chunks(buffer, classes, scheme, ends, where):
+        start = where[START]
+        done = where[KNOWN]
+        for index in range(where[DONE], where[KNOWN]):
+            while buffer[start] == TEXT_END:
+                text_ids[text] = count
+                text += 1
+                start += 1
+            length = ends[index] - start
+            first, second, short, code = chunk_key(buffer, start, length)
+            slot, found = find_slot(cache, arena, buffer, start, length, first, second, short, code)
+            if found:
+                value = cache[slot, VALUE]
+                amount = np.int64(value >> _COUNT_SHIFT)
+                at = np.int64(value & _LOW)
+                for k in range(4):  # nearly always enough, and what is too much is overwritten
+                    out[count + k] = cached_ids[at + k]
+                for k in range(4, amount):
+                    out[count + k] = cached_ids[at + k]
+            elif length > SHORT and length >= len(symbols):
+                done = index
+                room = False
+                break
+            else:
+                amount = _encode_new(
+                    buffer, start, length, short_room, lists, symbols, places, neighbours, results,
+                    pairs, merges, lengths, ids, whole, whole_arena, out, count,
+                )  # fmt: skip
+                if length <= SHORT:
+                    _cache_chunk(
+                        cache, arena, cached_ids, size, buffer, start, length, slot, first, second, short, code,
+                        out, count, amount,
+                    )  # fmt: skip
             count += amount
-        elif length > SHORT and length >= len(symbols):
-            done = index
-            break
-        else:
-            amount = _encode_new(
-                buffer, start, length, short_room, lists, symbols, places, neighbours, results, pairs, merges, lengths, ids, whole, whole_arena, out, count,
-            )  # fmt: skip
-            if length <= SHORT:
-                if size[0] == _CACHED_CHUNKS or size[1] + SHORT + 25 > len(arena) or size[2] + SHORT > len(cached_ids):
-                    cache[:] = 0
-                    size[:] = 0
-                    slot, _ = find_slot(cache, arena, buffer, start, length, first, second, short, code)
-                value = _U(size[2]) | _U(amount) << _COUNT_SHIFT
-                for k in range(amount):
-                    cached_ids[size[2] + k] = out[count + k]
-                size[2] += amount
-                size[0] += 1
-                if short == LONG:
-                    size[1] = enter_chunk(
-                        cache, slot, arena, size[1], buffer, start, length, first, second, short, value
-                    )
-                else:  # the row holds it all, and its place is never looked up
-                    enter_chunk(cache, slot, arena, size[1], buffer, start, 0, first, second, short, value)
-            count += amount
-        start += length
+            start += length
+        where[START] = start
+        where[DONE] = done
     progress[0] = text
     progress[1] = count
-    return done
+    return room
+
+
+@kernel
+def _cache_chunk(
+    cache, arena, cached_ids, size, buffer, start, length, slot, first, second, short, code, out, count, amount
+):  # fmt: skip
+    """Enters an encoded chunk. A cache that is full is emptied first."""
+    if size[0] == _CACHED_CHUNKS or size[1] + SHORT + 25 > len(arena) or size[2] + SHORT + 4 > len(cached_ids):
+        cache[:] = 0
+        size[:] = 0
+        slot, _ = find_slot(cache, arena, buffer, start, length, first, second, short, code)
+    for k in range(amount):
+        cached_ids[size[2] + k] = out[count + k]
+    value = _U(size[2]) | _U(amount) << _COUNT_SHIFT
+    # A row holds all of a short chunk, and its place is never looked up.
+    kept = length if short == LONG else 0
+    place = enter_chunk(cache, slot, arena, size[1], buffer, start, kept, first, second, short, value)
+    size[0] += 1
+    size[1] = place if kept else size[1]
+    size[2] += amount
 
 
 @kernel

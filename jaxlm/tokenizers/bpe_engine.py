@@ -28,6 +28,7 @@ from jaxlm.tokenizers.bpe_kernels import (
     kernel,
     replace_pair,
 )
+from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks
 
 _U = np.uint64
 Array64 = npt.NDArray[np.int64]
@@ -51,14 +52,11 @@ class ChunkCounts:
         self.arena = np.empty(1 << 16, np.uint8)
         self.size = np.zeros(2, np.int64)
 
-    def add(self, buffer: npt.NDArray[np.uint8], start: int, ends: Array64) -> None:
-        """Counts the chunks that end at `ends`, the first of which begins at `start` or after the 0xFF there."""
-        done = 0
-        while True:
-            done, start = count(buffer, start, ends, done, self.table, self.arena, self.size)
-            if done == len(ends):
-                return
-            self._make_room(int(ends[done] - start))
+    def add(self, chunks: Chunks) -> None:
+        """Counts the chunks of a buffer."""
+        *_, ends, where = chunks
+        while not count(*chunks, self.table, self.arena, self.size):
+            self._make_room(int(ends[where[DONE]] - where[START]))
 
     def update(self, other: ChunkCounts) -> None:
         """Adds the counts of other chunks."""
@@ -77,16 +75,22 @@ class ChunkCounts:
 
 
 @kernel
-def count(buffer, start, ends, done, table, arena, size):
-    """Counts chunks until they are all counted or there is no room; returns how many are, and where the next begins."""
-    for index in range(done, len(ends)):
-        while buffer[start] == TEXT_END:
-            start += 1
-        end = ends[index]
-        if not _add(buffer, start, end - start, _U(1), table, arena, size):
-            return index, start
-        start = end
-    return len(ends), start
+def count(buffer, classes, scheme, ends, where, table, arena, size):
+    """Counts chunks until all are done; False if there is no room for the next one."""
+    while next_chunks(buffer, classes, scheme, ends, where):
+        start = where[START]
+        for index in range(where[DONE], where[KNOWN]):
+            while buffer[start] == TEXT_END:
+                start += 1
+            end = ends[index]
+            if not _add(buffer, start, end - start, _U(1), table, arena, size):
+                where[START] = start
+                where[DONE] = index
+                return False
+            start = end
+        where[START] = start
+        where[DONE] = where[KNOWN]
+    return True
 
 
 @kernel
@@ -102,7 +106,7 @@ def add_table(others, other_arena, slot, table, arena, size):
     return slot
 
 
-@inlined
+@kernel
 def _add(buffer, start, length, amount, table, arena, size):
     first, second, short, code = chunk_key(buffer, start, length)
     slot, found = find_slot(table, arena, buffer, start, length, first, second, short, code)

@@ -22,7 +22,7 @@ from jaxlm.tokenizers.bpe_kernels import TEXT_END, kernel, load8
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 
 # The schemes, which are `bpe_reference.SPLIT_PATTERNS` in their order.
-GPT2, GPT4, O200K, NONE = range(4)
+GPT2, GPT4, O200K, NONE, GIVEN = range(5)
 
 # One bit a class, so that a set of classes is their sum. END, which is in no set, is the class of the byte 0xFF.
 UPPER, LOWER, LETTER, MARK, NUMBER, SPACE, NEWLINE, OTHER = (1 << bit for bit in range(8))
@@ -60,6 +60,13 @@ def make_buffer(texts: Iterable[bytes]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(b"\xff".join([*texts, b"\xff" * PADDING]), np.uint8)
 
 
+# What a kernel needs to go through the chunks of a buffer, and to go on where it stopped: the buffer, the classes of
+# characters, the scheme, ends of chunks, and how far it has come: where the next chunk begins (or the 0xFF before it
+# stands), how many of the ends are done, and how many there are.
+Chunks = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], int, npt.NDArray[np.int64], npt.NDArray[np.int64]]
+START, DONE, KNOWN = range(3)
+
+
 class Splitter:
     """A named split, or a pattern of one's own, as a function from a buffer to the ends of its chunks."""
 
@@ -68,25 +75,15 @@ class Splitter:
         self._pattern = pattern
         self._classes = character_classes()
 
-    def chunk_ends(
-        self, buffer: npt.NDArray[np.uint8], texts: Sequence[str]
-    ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Blocks of chunks: where the first begins (or the 0xFF before it stands), and where each ends.
+    def begin(self, buffer: npt.NDArray[np.uint8], texts: Sequence[str]) -> Chunks:
+        """The chunks of a buffer of texts, none of which is done.
 
         Raises:
           InputError: the matches of a pattern of one's own don't add up to the text.
         """
-        if self._pattern is not None:
-            yield 0, self._pattern_ends(self._pattern, texts)
-            return
-        start = 0
-        while True:
-            ends = np.empty(_ENDS, np.int64)
-            count = split(buffer, self._classes, self._scheme, start, ends)
-            if count == 0:
-                return
-            yield start, ends[:count]
-            start = int(ends[count - 1])
+        if self._pattern is None:
+            return buffer, self._classes, self._scheme, np.empty(_ENDS, np.int64), np.zeros(3, np.int64)
+        return buffer, self._classes, GIVEN, self._pattern_ends(self._pattern, texts), np.zeros(3, np.int64)
 
     def cut(self, pieces: Iterable[str], size: int, special_tokens: Sequence[str] = ()) -> Iterator[str]:
         """A text that comes in pieces, cut anew: the chunks of the parts are the chunks of the whole.
@@ -142,9 +139,19 @@ class Splitter:
 
 
 @kernel
-def split(
-    buffer: npt.NDArray[np.uint8], classes: npt.NDArray[np.uint8], scheme: int, start: int, ends: npt.NDArray[np.int64]
-) -> int:
+def next_chunks(buffer, classes, scheme, ends, where):
+    """Sees to it that there are ends which aren't done yet. False at the end of the buffer."""
+    if where[DONE] == where[KNOWN]:
+        if scheme == GIVEN:
+            where[KNOWN] = 0 if where[KNOWN] else len(ends)
+        else:
+            where[KNOWN] = split(buffer, classes, scheme, where[START], ends)
+        where[DONE] = 0
+    return where[KNOWN] > 0
+
+
+@kernel
+def split(buffer, classes, scheme, start, ends):
     """Writes where chunks end, from `start` on, until `ends` is full or the buffer is done; returns how many.
 
     A chunk begins where the one before it ends, or after the 0xFF that follows.

@@ -1,0 +1,447 @@
+"""tiktoken's ranks and Hugging Face's tokenizer.json, both ways: the same ids on every text, or an InputError.
+
+Neither format says outright what a `BPETokenizer` has to know. tiktoken merges any two neighbours whose bytes together are
+a token, the lowest rank first. Hugging Face tokenizers merge the pairs that they list, in that order, and a file made from
+ranks lists every way to make a token. But where a token comes up inside a text, no merge has crossed its ends, so its
+bytes went through what they go through alone. Hence one merge at most ever makes it, and it is found by encoding its bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.bpe import BPETokenizer, merged_tokens
+from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
+
+# As Radford et al. (2019) published it. tiktoken's form, which is ours, gives the same chunks in less time.
+_FIRST_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLIT_OF_TIKTOKEN = {pattern: name for name, pattern in SPLIT_PATTERNS.items()} | {_FIRST_GPT2: "gpt2"}
+
+# Hugging Face's engine is Oniguruma, in Ruby's syntax: there `$` is the end of a line, and `{1,3}+` repeats a repetition.
+# That it gives back nothing makes no difference to the numbers here. For "none" no pattern is written.
+_HUGGING_FACE_PATTERNS = {
+    name: pattern.replace("$", r"\z").replace("{1,3}+", "{1,3}")
+    for name, pattern in SPLIT_PATTERNS.items()
+    if name != "none"
+}
+_SPLIT_OF_HUGGING_FACE = {pattern: name for name, pattern in _HUGGING_FACE_PATTERNS.items()} | {_FIRST_GPT2: "gpt2"}
+# The group is what Oniguruma reads otherwise than `regex`, or not at all; the rest passes over escapes and [...].
+_READ_OTHERWISE = re.compile(
+    r"(\\[hHZ]|\(\?P|\(\?[a-z-]*[ms]|\}\+|[$^]|\[(?:\\.|[^\]\\&])*&&)|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL
+)
+
+
+class Merge(NamedTuple):
+    """How a token is made: its place among all merges, the lowest first, and the two tokens that are joined."""
+
+    priority: int
+    left: bytes
+    right: bytes
+
+
+Priority = Callable[[bytes, bytes], int]  # of two neighbours
+_NEVER = 1 << 62
+
+
+# ---- tiktoken
+
+
+def read_tiktoken(
+    cls: type[BPETokenizer],
+    source: Any,
+    split: str | None,
+    special_tokens: Sequence[str] | Mapping[str, int] | None,
+    pattern: str | None,
+) -> BPETokenizer:
+    """See `BPETokenizer.from_tiktoken`. Tokens that no merge makes are found as whole chunks alone, as in tiktoken."""
+    if hasattr(source, "_mergeable_ranks"):
+        if split is None and pattern is None:
+            split = _SPLIT_OF_TIKTOKEN.get(source._pat_str)
+            pattern = None if split else source._pat_str
+        special_tokens = source._special_tokens if special_tokens is None else special_tokens
+        source = source._mergeable_ranks
+    if isinstance(source, Mapping):
+        ranks = _check_ranks(source.items())
+    elif isinstance(source, str | os.PathLike):
+        ranks = _check_ranks(_read_rank_file(Path(source)))
+    else:
+        kind = type(source).__name__
+        raise InputError(f"Ranks are a mapping, the path of a rank file or a tiktoken.Encoding, not {kind}.")
+    made_by, whole = _find_merges(ranks, lambda left, right: ranks.get(left + right, _NEVER))
+    return _build(cls, ranks, made_by, whole, split or "gpt4", pattern, special_tokens or ())
+
+
+def _read_rank_file(path: Path) -> Iterable[tuple[bytes, int]]:
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if line:
+            try:
+                token, rank = line.split()
+                yield base64.b64decode(token, validate=True), int(rank)
+            except ValueError:
+                raise InputError(f"Line {number} of {path} isn't a token in base64 and its rank.") from None
+
+
+def _check_ranks(items: Iterable[tuple[Any, Any]]) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    token_of: dict[int, bytes] = {}
+    for token, rank in items:
+        if not isinstance(token, bytes) or not hasattr(rank, "__index__"):
+            raise InputError(f"Ranks map bytes to integers, and these map {token!r} to {rank!r}.")
+        if not token:
+            raise InputError(f"The token of rank {rank} is empty; each has at least one byte.")
+        if rank < 0:
+            raise InputError(f"The token {token!r} has the rank {rank}; ranks are at least 0.")
+        if token in ranks:
+            raise InputError(f"The token {token!r} is there twice, with the ranks {ranks[token]} and {rank}.")
+        if rank in token_of:
+            raise InputError(f"The tokens {token_of[rank]!r} and {token!r} both have the rank {rank}.")
+        ranks[token] = int(rank)
+        token_of[ranks[token]] = token
+    return ranks
+
+
+def write_tiktoken(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> None:
+    """See `BPETokenizer.to_tiktoken`. Raises InputError where tiktoken would give other ids."""
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _ranks(tokenizer).items()]
+    _write(path, "".join(lines))
+
+
+def tiktoken_encoding(tokenizer: BPETokenizer, name: str) -> Any:
+    """See `BPETokenizer.to_tiktoken_encoding`. Raises InputError where tiktoken would give other ids.
+
+    Where one special token begins with another, tiktoken may take either; a `BPETokenizer` takes the longer one.
+    """
+    try:
+        import tiktoken
+    except ImportError:
+        raise InputError("A tiktoken.Encoding needs the package tiktoken: pip install tiktoken.") from None
+    pattern = tokenizer.pattern or SPLIT_PATTERNS[tokenizer.split]
+    special_tokens = dict(tokenizer.special_tokens)
+    ranks = _ranks(tokenizer)
+    try:
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    except ValueError as error:
+        raise InputError(f"tiktoken can't read the pattern {pattern!r}: {' '.join(str(error).split())}.") from None
+
+
+def _ranks(tokenizer: BPETokenizer) -> dict[bytes, int]:
+    """Tokens and ids, in order of id. Raises InputError unless tiktoken makes of these ranks the same merges."""
+    tokens = _tokens(tokenizer)
+    for before, after in itertools.pairwise(tokenizer.ids[256:]):
+        if after < before:
+            raise InputError(
+                f"tiktoken merges in the order of ids, and here the merge of id {before} comes before that of id {after}; "
+                "only a vocabulary whose ids rise with its merges can be written."
+            )
+    _check_merges(tokenizer, lambda left, right: tokens.get(left + right, _NEVER), "tiktoken")
+    return _by_id(tokens)
+
+
+# ---- Hugging Face tokenizers
+
+
+def read_huggingface(cls: type[BPETokenizer], path: str | os.PathLike[str]) -> BPETokenizer:
+    """See `BPETokenizer.from_huggingface`. Added tokens become special tokens.
+
+    What is put around the ids of a text is left out: special tokens by a post-processor, padding, truncation.
+    """
+    content = _read(Path(path))
+    try:
+        return _from_json(cls, json.loads(content))
+    except InputError as error:
+        raise InputError(f"{path} can't be used. {error}") from None
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise InputError(f"{path} is no tokenizer.json of Hugging Face tokenizers, or it is damaged.") from None
+
+
+def _from_json(cls: type[BPETokenizer], data: dict[str, Any]) -> BPETokenizer:
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise InputError(f"Its model is {model['type']}, and only byte-level BPE can be read.")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise InputError(f"Its model has the {name} {model[name]!r}, for which a BPETokenizer has no place.")
+    if data.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
+        raise InputError("It has a normalizer, which changes a text for good, and a BPETokenizer loses nothing.")
+    split, pattern = _read_split(data.get("pre_tokenizer") or {"type": None})
+    vocabulary = model["vocab"]
+    special_tokens = {}
+    for added in data.get("added_tokens") or ():
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if added.get(flag):
+                raise InputError(f"Its added token {added['content']!r} has {flag}, which a special token can't have.")
+        special_tokens[added["content"]] = vocabulary.get(added["content"], added["id"])
+
+    ordinary = {name: token for name in vocabulary if name not in special_tokens and (token := _spelt(name))}
+    tokens = {token: vocabulary[name] for name, token in ordinary.items()}
+    order: dict[tuple[bytes, bytes], int] = {}
+    for index, pair in enumerate(model["merges"]):
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        for name in (left, right, left + right):
+            if name not in ordinary:
+                raise InputError(f"Its merge of {left!r} and {right!r} needs {name!r}, which is no ordinary token.")
+        order[ordinary[left], ordinary[right]] = index
+    made_by = {left + right: Merge(index, left, right) for (left, right), index in order.items()}
+    whole: list[bytes] = []
+    plain = len(made_by) == len(order) and all(
+        len(part) == 1 or (part in made_by and made_by[part].priority < index)
+        for index, *parts in made_by.values()
+        for part in parts
+    )
+    if not plain or model.get("ignore_merges"):
+        made_by, whole = _find_merges(tokens, lambda left, right: order.get((left, right), _NEVER))
+    if not model.get("ignore_merges"):
+        # Tokens that no merge makes are never produced, and leave gaps. They can't change the ids of a text; refusing them
+        # would keep out sound vocabularies, for what no model has ever been trained on.
+        whole = []
+    return _build(cls, tokens, made_by, whole, split, pattern, special_tokens)
+
+
+def _read_split(pre_tokenizer: dict[str, Any]) -> tuple[str, str | None]:
+    """The split and the pattern that do what a pre-tokenizer does."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    kinds = [step["type"] for step in steps]
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        raise InputError("Its pre-tokenizer isn't ByteLevel, alone or after one Split; no other can be read.")
+    if steps[-1].get("add_prefix_space", True):
+        raise InputError("Its pre-tokenizer adds a space before a text, and a BPETokenizer changes nothing.")
+    uses_regex = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"]:
+        return "gpt2" if uses_regex else "none", None
+    ((kind, pattern),) = steps[0]["pattern"].items()
+    behavior = steps[0]["behavior"], steps[0]["invert"]
+    if uses_regex or behavior not in (("Isolated", False), ("Isolated", True), ("Removed", True)):
+        raise InputError("Its pre-tokenizer doesn't just cut a text into the matches of one pattern.")
+    if kind == "String":
+        literal = re.escape(pattern)  # what lies between two places where it stands is a chunk as well
+        return "gpt4", rf"{literal}|(?:(?!{literal})[\s\S])+" if behavior[0] == "Isolated" else literal
+    if pattern in _SPLIT_OF_HUGGING_FACE:
+        return _SPLIT_OF_HUGGING_FACE[pattern], None
+    _check_pattern(pattern)
+    return "gpt4", pattern
+
+
+def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> None:
+    """See `BPETokenizer.to_huggingface`. Raises InputError where Hugging Face tokenizers would give other ids.
+
+    A pattern of one's own is written as it is, for Oniguruma, whose classes of rare characters may differ.
+    """
+    if tokenizer.pattern:
+        _check_pattern(tokenizer.pattern)
+    pattern = tokenizer.pattern or _HUGGING_FACE_PATTERNS.get(tokenizer.split)
+    symbols = merged_tokens(tokenizer.merges)
+    pairs = [(symbols[left], symbols[right]) for left, right in tokenizer.merges]
+    vocabulary = {_spelling(token): token_id for token, token_id in _tokens(tokenizer).items()}
+    if tokenizer.whole:  # then a chunk that is a token is that token, whether or not merges lead to it
+        order = {pair: index for index, pair in enumerate(pairs)}
+        _check_merges(tokenizer, lambda left, right: order.get((left, right), _NEVER), "Hugging Face tokenizers")
+    for name, token_id in tokenizer.special_tokens.items():
+        # An added token keeps any id if it stands in the vocabulary, but what stands there is also read as a spelling.
+        if name in vocabulary or (tokenizer.whole and _spells_another_text(name)):
+            raise InputError(f"The special token {name!r} is spelt there as ordinary text is; give it another name.")
+        vocabulary[name] = token_id
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added_tokens = [
+        {"id": token_id, "content": name, **flags} for name, token_id in _by_id(tokenizer.special_tokens).items()
+    ]
+    model = {
+        "type": "BPE",
+        "ignore_merges": bool(tokenizer.whole),
+        "vocab": _by_id(vocabulary),
+        "merges": [f"{_spelling(left)} {_spelling(right)}" for left, right in pairs],
+    }
+    data = {
+        "version": "1.0",
+        "added_tokens": added_tokens,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]} if pattern else byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
+    }
+    _write(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+
+
+def _check_pattern(pattern: str) -> None:
+    for match in _READ_OTHERWISE.finditer(pattern):
+        if match.group(1):
+            raise InputError(
+                f"The pattern {pattern!r} has {match.group(1)!r} in it, which Hugging Face's engine of regular expressions "
+                "reads in another way than `regex` does."
+            )
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in the spelling of tokens (the table of GPT-2, Radford et al. 2019).
+
+    A byte that is a visible character of Latin-1 is that character; the 68 others are, in order, U+0100 and following.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+_CHARACTERS = _byte_characters()
+_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
+
+
+def _spelling(token: bytes) -> str:
+    return "".join([_CHARACTERS[byte] for byte in token])
+
+
+def _spelt(spelling: str) -> bytes | None:
+    """The bytes that are spelt so, or None if none are."""
+    try:
+        return bytes([_BYTES[character] for character in spelling])
+    except KeyError:
+        return None
+
+
+def _spells_another_text(name: str) -> bool:
+    try:
+        return (_spelt(name) or name.encode()).decode() != name
+    except UnicodeDecodeError:  # bytes that are no text
+        return False
+
+
+# ---- merges
+
+
+def _last_merge(token: bytes, priority: Priority) -> Merge | None:
+    """The merge that makes a token of two bytes or more when its bytes are encoded alone, or None if none does."""
+    parts = [token[k : k + 1] for k in range(len(token))]
+    priorities = [priority(left, right) for left, right in itertools.pairwise(parts)]
+    while len(parts) > 2:
+        best = min(priorities)
+        if best == _NEVER:
+            return None
+        place = priorities.index(best)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        del priorities[place]
+        if place < len(priorities):
+            priorities[place] = priority(parts[place], parts[place + 1])
+        if place:
+            priorities[place - 1] = priority(parts[place - 1], parts[place])
+    return Merge(priorities[0], parts[0], parts[1]) if priorities[0] != _NEVER else None
+
+
+def _find_merges(tokens: Iterable[bytes], priority: Priority) -> tuple[dict[bytes, Merge], list[bytes]]:
+    """The merge that makes each token, and the tokens that none makes."""
+    found = {token: _last_merge(token, priority) for token in tokens if len(token) > 1}
+    return {token: merge for token, merge in found.items() if merge}, [token for token in found if not found[token]]
+
+
+def _check_merges(tokenizer: BPETokenizer, priority: Priority, library: str) -> None:
+    """Raises InputError if another library, which merges by `priority`, makes a token in another way."""
+    symbols = merged_tokens(tokenizer.merges)
+    pairs = [(symbols[left], symbols[right]) for left, right in tokenizer.merges]
+    expected = {left + right: (left, right) for left, right in pairs}
+    for token in (*expected, *tokenizer.whole):
+        merge = _last_merge(token, priority)
+        if (merge and merge[1:]) != expected.get(token):
+            raise InputError(f"{library} would come to the token {token!r} by other merges, on other texts, than here.")
+
+
+def _in_order(made_by: Mapping[bytes, Merge]) -> list[bytes]:
+    """The tokens, each after its parts, in an order of merging that gives the same ids.
+
+    That is the order of priorities, unless a token comes before one of its parts, as 90 of Llama 3's do directly or not.
+    Such an early token is made as soon as that part is made anywhere, before the part is made at the next place. Here all
+    places come first, and the early tokens next. That is the same as long as no place has to do with the next one: an
+    early token that joins two of them, a neighbour between them that both could take, or one that is part of the next.
+
+    Raises:
+      InputError: they could have to do with each other.
+    """
+    keys: dict[bytes, tuple[int, ...]] = {bytes([byte]): () for byte in range(256)}
+    first_part = {merge.priority: merge.left for merge in made_by.values()}
+    taken: dict[int, tuple[set[bytes], set[bytes]]] = {}  # what early tokens take, before and after a place
+    for token in sorted(made_by, key=len):
+        priority, left, right = made_by[token]
+        latest = max(keys[left], keys[right])
+        keys[token] = (priority,) if (priority,) > latest else (*latest, priority)
+        if keys[token] == (priority,):
+            continue
+        cause = keys[token][:1]
+        before, after = taken.setdefault(cause[0], ({first_part[cause[0]]}, set()))
+        if keys[left][:1] == cause:
+            after.add(right)
+        if keys[right][:1] == cause:
+            before.add(left)
+        if keys[left][:1] == keys[right][:1] or before & after:
+            raise InputError(
+                f"The token {token!r} is merged before its parts are, which no order of merges here can do."
+            )
+    return sorted(made_by, key=keys.__getitem__)
+
+
+def _build(
+    cls: type[BPETokenizer],
+    tokens: Mapping[bytes, int],
+    made_by: Mapping[bytes, Merge],
+    whole: Iterable[bytes],
+    split: str,
+    pattern: str | None,
+    special_tokens: Sequence[str] | Mapping[str, int],
+) -> BPETokenizer:
+    order = [bytes([byte]) for byte in range(256)]
+    for byte in order:
+        if byte not in tokens:
+            raise InputError(f"The byte {byte!r} has no id, and a byte-level vocabulary has all 256 bytes.")
+    order += _in_order(made_by)
+    symbol_of = {token: symbol for symbol, token in enumerate(order)}
+    return cls(
+        [(symbol_of[made_by[token].left], symbol_of[made_by[token].right]) for token in order[256:]],
+        split=split,
+        special_tokens=special_tokens,
+        pattern=pattern,
+        ids=[tokens[token] for token in order],
+        whole={token: tokens[token] for token in whole},
+    )
+
+
+def _tokens(tokenizer: BPETokenizer) -> dict[bytes, int]:
+    """The id of each ordinary token. Raises InputError if two have the same bytes."""
+    tokens: dict[bytes, int] = {}
+    ordinary = [*merged_tokens(tokenizer.merges), *tokenizer.whole]
+    for token, token_id in zip(ordinary, [*tokenizer.ids, *tokenizer.whole.values()], strict=True):
+        if tokens.setdefault(token, token_id) != token_id:
+            raise InputError(
+                f"The ids {tokens[token]} and {token_id} both stand for {token!r}, and a file can hold one."
+            )
+    return tokens
+
+
+# ---- files
+
+
+def _by_id(ids: Mapping[Any, int]) -> dict[Any, int]:
+    return dict(sorted(ids.items(), key=lambda item: item[1]))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}.") from None
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file under a temporary name first."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)
