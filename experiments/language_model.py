@@ -18,7 +18,7 @@ from jaxlm.model import ModelConfig, init
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
-from jaxlm.runs import Run, share_progress, console, read_metrics
+from jaxlm.runs import Run, console, read_metrics, share_progress
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
 from jaxlm.training import TrainConfig, evaluate_run, load_trained, train

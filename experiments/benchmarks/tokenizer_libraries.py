@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.documents import open_corpus
-from jaxlm.tokenizers import BPETokenizer, SentencePieceTokenizer, load_tokenizer
+from jaxlm.tokenizers import BPETokenizer, load_tokenizer
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, encode, split, train
 
 PATTERN = SPLIT_PATTERNS["gpt4"]
@@ -35,6 +35,8 @@ PLAIN_PATTERN = (
 
 class Library:
     """What all have in common. A library that can't train, or can't encode, doesn't say how."""
+
+    tokenizer: Any
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -55,8 +57,6 @@ class Library:
 
 
 class Jaxlm(Library):
-    tokenizer: BPETokenizer
-
     def train(self, texts: Sequence[str], vocab_size: int) -> None:
         self.tokenizer = BPETokenizer.train(texts, vocab_size, special_tokens=(), num_threads=self.threads)
 
@@ -142,7 +142,7 @@ class HuggingFace(Library):
         import tokenizers
 
         with tempfile.TemporaryDirectory() as folder:
-            load_tokenizer(directory).to_huggingface(f"{folder}/tokenizer.json")  # type: ignore[attr-defined]
+            _bpe(directory).to_huggingface(f"{folder}/tokenizer.json")
             self.tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
 
     def encode(self, texts: Sequence[str]) -> Sequence[Any]:
@@ -175,7 +175,7 @@ class SentencePiece(Library):
 
 class Tiktoken(Library):
     def load(self, directory: str, texts: Sequence[str]) -> None:
-        self.tokenizer = load_tokenizer(directory).to_tiktoken_encoding("benchmark")  # type: ignore[attr-defined]
+        self.tokenizer = _bpe(directory).to_tiktoken_encoding("benchmark")
 
     def encode(self, texts: Sequence[str]) -> Sequence[Any]:
         if len(texts) == 1:
@@ -200,6 +200,12 @@ LIBRARIES: dict[str, type[Library]] = {
     "tiktoken, to numpy": TiktokenNumpy,
     "reference": Reference,
 }
+
+
+def _bpe(directory: str) -> BPETokenizer:
+    tokenizer = load_tokenizer(directory)
+    assert isinstance(tokenizer, BPETokenizer)
+    return tokenizer
 
 
 def texts_of(shape: str, documents: Sequence[str]) -> list[str]:

@@ -91,7 +91,7 @@ def trained(text: str, split: str) -> BPETokenizer:
 
 
 def measure_stream(corpus: str, gigabytes: float) -> None:
-    """Peak memory while training on a stream that is made on the fly: the same words again and again, then ever new ones."""
+    """Peak memory of training on a stream made on the fly: of the same words again and again, then of ever new ones."""
     documents = [text.encode() for text in open_corpus(corpus).documents()]
     for new_words in (False, True):
         before = _resident_mb()
@@ -99,8 +99,8 @@ def measure_stream(corpus: str, gigabytes: float) -> None:
         tokenizer = BPETokenizer.train(_stream(documents, gigabytes * 1e9, new_words), 4_096)
         console.print(
             f"{'with new words' if new_words else 'the same words'}: {gigabytes:.1f} GB in "
-            f"{time.perf_counter() - started:,.0f} s, peak {_resident_mb():,.0f} MB resident ({before:,.0f} MB before), "
-            f"{tokenizer.vocab_size:,} ids"
+            f"{time.perf_counter() - started:,.0f} s, peak {_resident_mb():,.0f} MB resident "
+            f"({before:,.0f} MB before), {tokenizer.vocab_size:,} ids"
         )
 
 

@@ -63,6 +63,7 @@ class Process:
     """A library in a process of its own."""
 
     def __init__(self, name: str, threads: int, corpus: str) -> None:
+        self.name = name
         many = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
         command = [sys.executable, "-m", "experiments.benchmarks.tokenizer_libraries", name, str(threads), corpus]
         self.process = subprocess.Popen(
@@ -70,12 +71,13 @@ class Process:
         )
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise InputError(f"{self.process.args[3]} ended; is it installed?")  # type: ignore[index]
+            raise InputError(f"{self.name} ended before it answered; is it installed?")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -116,16 +118,16 @@ def measure_training(config: Config) -> dict[tuple[str, int], float]:
                     end_section=name == TRAINERS[-1],
                 )
         console.print(table)
-    process = {name: Process(name, 1, config.corpus) for name in ("jaxlm", "reference")}
-    given = {name: p.ask(do="train", vocab_size=500, max_bytes=REFERENCE_BYTES) for name, p in process.items()}
-    again = process["jaxlm"].ask(do="train", vocab_size=500, max_bytes=REFERENCE_BYTES)
-    assert given["jaxlm"]["tokens"] == given["reference"]["tokens"]
+    pair = [Process(name, 1, config.corpus) for name in ("jaxlm", "reference")]
+    _, plain = [process.ask(do="train", vocab_size=500, max_bytes=REFERENCE_BYTES) for process in pair]
+    ours_once = pair[0].ask(do="train", vocab_size=500, max_bytes=REFERENCE_BYTES)
+    assert ours_once["tokens"] == plain["tokens"]
     console.print(
-        f"The reference, on {given['reference']['bytes'] / 1e6:.1f} MB, vocabulary 500: "
-        f"{given['reference']['seconds']:.1f} s, ours {again['seconds'] * 1e3:.1f} ms, the same tokens."
+        f"The reference, on {plain['bytes'] / 1e6:.1f} MB, vocabulary 500: {plain['seconds']:.1f} s, "
+        f"ours {ours_once['seconds'] * 1e3:.1f} ms, the same tokens."
     )
-    for p in process.values():
-        p.close()
+    for process in pair:
+        process.close()
     return medians
 
 

@@ -157,7 +157,7 @@ class Tokenizer(ABC):
         seen: list[int] = []
         for token_id in ids:
             seen.append(token_id)
-            # What is still to be completed shows as U+FFFD for now; what may open an escape of SentencePiece's as U+2582.
+            # What is still to be completed shows as U+FFFD, what may open an escape of SentencePiece's as U+2582.
             text = self.decode(seen).rstrip("\ufffd\u2582")
             if len(text) > len(given):
                 yield text[len(given) :]

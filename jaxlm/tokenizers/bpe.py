@@ -8,17 +8,17 @@ algorithm, to be read first. What runs is an engine that gives the same merges a
 from __future__ import annotations
 
 import codecs
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.tokenizers import bpe_reference
 from jaxlm.tokenizers.base import (
     END_OF_TEXT,
     AllowedSpecial,
@@ -26,7 +26,6 @@ from jaxlm.tokenizers.base import (
     InputError,
     Tokenizer,
     check_sequence_of_texts,
-    check_texts,
     encode_utf8,
     special_token_ids,
 )
@@ -70,7 +69,7 @@ class BPETokenizer(Tokenizer):
         check_split(split, pattern)
         self.split = split
         self.pattern = pattern
-        self.merges = [(int(left), int(right)) for left, right in merges]
+        self.merges = list(merges)
         self.whole = dict(whole or {})
         tokens = merged_tokens(self.merges)
         self.ids = list(range(len(tokens))) if ids is None else [int(token_id) for token_id in ids]
@@ -127,12 +126,12 @@ class BPETokenizer(Tokenizer):
         merges: list[Pair] = []
         tokens = merged_tokens([])
         for pairs, pair_counts in learn(counts, num_merges, rounds=_PROGRESS_ROUNDS if on_merge else 1):
-            new = [(left, right) for left, right in pairs[len(merges) :].tolist()]
-            for pair, pair_count in zip(new, pair_counts[len(merges) :].tolist(), strict=True):
-                tokens.append(tokens[pair[0]] + tokens[pair[1]])
-                merges.append(pair)
-                if on_merge:
-                    on_merge(len(merges) - 1, tokens[-1], pair_count)
+            done = len(merges)
+            merges += zip(pairs[done:, 0].tolist(), pairs[done:, 1].tolist(), strict=True)
+            if on_merge:
+                for (left, right), pair_count in zip(merges[done:], pair_counts[done:].tolist(), strict=True):
+                    tokens.append(tokens[left] + tokens[right])
+                    on_merge(len(tokens) - 257, tokens[-1], pair_count)
         if len(merges) < num_merges:
             raise InputError(
                 f"The text gives a vocabulary of at most {256 + len(merges) + num_specials} ids, and {vocab_size} were "
@@ -165,7 +164,7 @@ class BPETokenizer(Tokenizer):
         if flat:
             return ids, offsets
         places = offsets.tolist()
-        return [ids[start:end] for start, end in zip(places, places[1:], strict=False)]
+        return [ids[start:end] for start, end in itertools.pairwise(places)]
 
     def encode_iter(
         self, pieces: Iterable[str], *, allowed_special: AllowedSpecial = (), num_threads: int | None = None
@@ -177,7 +176,8 @@ class BPETokenizer(Tokenizer):
         """
         num_threads = num_threads or _num_cores()
         for blocks in _groups(self._splitter.cut(pieces, _BLOCK, tuple(self.special_tokens)), num_threads):
-            yield from self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
+            batch = self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
+            yield from cast("list[IdArray]", batch)
 
     def _encode_ordinary(self, text: str) -> IdArray:
         return self._encode_texts([text])[0]
@@ -217,7 +217,7 @@ class BPETokenizer(Tokenizer):
 
         if not (isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1):
             ids = self._check_ids(ids)
-        array = np.require(ids, np.int32, "CW")
+        array = np.require(ids, np.int32, ["C", "W"])
         found = decode_ids(array, self._token_starts, self._token_arena)
         if isinstance(found, int):
             self._check_ids(array)

@@ -228,7 +228,8 @@ def _cache_chunk(
 
 @kernel
 def _encode_new(
-    buffer, start, length, short_room, lists, symbols, places, neighbours, results, pairs, merges, lengths, ids, whole, whole_arena, out, count
+    buffer, start, length, short_room, lists, symbols, places, neighbours, results,
+    pairs, merges, lengths, ids, whole, whole_arena, out, count,
 ):  # fmt: skip
     """Writes the ids of one chunk from `out[count]` on; returns how many."""
     first, second, short, code = chunk_key(buffer, start, length)
@@ -287,8 +288,8 @@ def _encode_long(
 ):
     """Merges result by result, the lowest first, each at all its places from left to right.
 
-    A pair that a merge creates has a higher result than that merge, since it holds it, and all its places are known once
-    that merge is done. So the list of a result is whole before it is worked through.
+    A pair that a merge creates has a higher result than that merge, since it holds it, and all its places are known
+    once that merge is done. So the list of a result is whole before it is worked through.
     """
     for k in range(length):
         symbols[k] = buffer[start + k]

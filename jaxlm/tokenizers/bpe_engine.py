@@ -24,7 +24,6 @@ from jaxlm.tokenizers.bpe_kernels import (
     chunk_table,
     enter_chunk,
     find_slot,
-    inlined,
     kernel,
     replace_pair,
 )
@@ -187,12 +186,13 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     lengths = np.ones(num_ids, np.int32)
     merges, merge_counts = np.empty((num_merges, 2), np.int32), np.empty(num_merges, np.int64)
     neighbours = np.empty(size + 2, np.int32)  # of a pair's places, of which there are half as many as bytes
-    # For each id as a neighbour of the new one, left and right of it: the number of places of their pair, and its count.
+    # For each id as a neighbour of the new one, left and right of it: how many places their pair has, and its count.
     beside = np.zeros((num_ids, 4), np.int64)
     touched = np.empty(2 * num_ids, np.int64)
     for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
         while merge(
-            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, neighbours, beside, touched
+            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
+            neighbours, beside, touched,
         ):  # fmt: skip
             pairs, heap = _doubled(pairs), _doubled(heap)
         done = int(state[MERGES])
@@ -249,9 +249,10 @@ def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, 
 
 @kernel
 def merge(
-    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal, neighbours, beside, touched
+    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
+    neighbours, beside, touched,
 ):  # fmt: skip
-    """Merges until there are `goal` merges or no pair is left; returns True if it needs a larger table of pairs first."""
+    """Merges until there are `goal` merges or no pair is left; True if it needs a larger table of pairs first."""
     while state[MERGES] < goal:
         if state[HEAP] == 0:
             if state[BUCKET] == 0:
@@ -285,7 +286,8 @@ def merge(
             symbols, lengths, places, begin, begin + pairs[pair, LENGTH], left, right, new, neighbours
         )  # fmt: skip
         _list_new_pairs(
-            chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, neighbours, beside, touched
+            chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new,
+            neighbours, beside, touched,
         )  # fmt: skip
     return False
 

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba.core import event
+from numba.core import config, event
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-COMPILED = not numba.config.DISABLE_JIT
+COMPILED = not config.DISABLE_JIT
 
 
 def _cache_folder() -> str:
@@ -28,7 +28,7 @@ def _cache_folder() -> str:
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("bpe_*.py")):
         sources.update(path.read_bytes())
-    folder = numba.config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
+    folder = config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
     return str(Path(folder).expanduser() / "kernels" / sources.hexdigest()[:16])
 
 
@@ -58,16 +58,16 @@ def inlined(function: Function) -> Function:
 
 def _compile(function: Function, **options: Any) -> Function:
     if not COMPILED:
-        return function
+        return np.errstate(over="ignore")(function)  # products are meant to wrap around
     # Without reference counts an array costs nothing to pass on; they would be most of the time of a short loop.
     options["_nrt"] = False
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_FOLDER
+    before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written, so that every process compiles for itself
         return numba.njit(**options)(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
 
 
 if COMPILED:
@@ -100,7 +100,7 @@ def store8(buffer, i, word):
 # ---- a hash table of chunks: open addressing, one row a slot
 #
 # A row fits into half a cache line: the first sixteen bytes of the chunk, which are all of it for nearly every chunk; a
-# value; and where the chunk's bytes stand in an arena, with its length (17 for all that are longer) in the highest byte.
+# value; and where the chunk's bytes stand in an arena, with its length (17 for all longer ones) in the highest byte.
 # The length is 0 in an empty slot. In the arena, chunks are closed by 0xFF, as texts are in a buffer.
 
 FIRST, SECOND, VALUE, PLACE = range(4)
@@ -196,8 +196,8 @@ def replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbo
     """Merges a pair, from left to right, where it still stands among `places[begin:end]`, which rise.
 
     Returns where the places end that are kept: those where it did stand (of "aaa" the first alone). For the i-th of
-    them, the symbols before and after it go into neighbours[2 * i] and [2 * i + 1], once all are merged; -1 is none. Two
-    new symbols in a row are each other's neighbours once, in the view of the first.
+    them, the symbols before and after it go into neighbours[2 * i] and [2 * i + 1], once all are merged; -1 is none.
+    Two new symbols in a row are each other's neighbours once, in the view of the first.
     """
     kept = begin
     for index in range(begin, end):

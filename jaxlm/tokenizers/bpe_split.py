@@ -369,8 +369,8 @@ def _cased_end(buffer, classes, i):
 def _white_end(buffer, classes, i, newline_ends, newline_first):
     """The end of a chunk of white space: `\\s++$|\\s*[\\r\\n]|\\s+(?!\\S)|\\s`, of which gpt2 has no second part.
 
-    So: the whole run at the end of a text; else up to its last newline; else all but its last character, which goes with
-    what follows, unless it is the only one. In o200k the newline comes before the end of the text.
+    So: the whole run at the end of a text; else up to its last newline; else all but its last character, which goes
+    with what follows, unless it is the only one. In o200k the newline comes before the end of the text.
     """
     start = i
     last_newline = last_start = 0
