@@ -26,6 +26,7 @@ from jaxlm.tokenizers.base import (
     InputError,
     Tokenizer,
     check_sequence_of_texts,
+    check_text,
     encode_utf8,
     special_token_ids,
 )
@@ -414,8 +415,13 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
         counts.add(splitter.begin(buffer, block))
         idle.append(counts)
 
-    pieces = (piece for text in texts for piece in splitter.cut([text], _BLOCK))
-    _map(count, _blocks(pieces), num_threads)
+    def pieces() -> Iterator[str]:
+        for text in texts:
+            if not isinstance(text, str):
+                check_text(text)
+            yield from splitter.cut([text], _BLOCK)
+
+    _map(count, _blocks(pieces()), num_threads)
     total = max(idle, key=lambda counts: counts.size[0], default=ChunkCounts())
     for counts in idle:
         if counts is not total:
