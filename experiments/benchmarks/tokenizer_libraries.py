@@ -200,9 +200,9 @@ def _bpe(directory: str) -> BPETokenizer:
 
 
 def texts_of(shape: str, documents: Sequence[str]) -> list[str]:
-    """The text in one of three shapes: one large text, its last 1,330 documents, or up to 100,000 short lines."""
+    """One text of 20 million characters, the last 1,330 documents, or up to 100,000 short lines."""
     if shape == "one text":
-        return ["\n\n".join(documents)]
+        return ["\n\n".join(documents)[:20_000_000]]
     if shape == "lines":
         return [line for text in documents for line in text.splitlines() if 0 < len(line) <= 300][:100_000]
     return list(documents[-1_330:])

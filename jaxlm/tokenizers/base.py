@@ -236,9 +236,12 @@ def check_texts(texts: Iterable[str]) -> Iterable[str]:
 
 
 def check_sequence_of_texts(texts: Sequence[str]) -> None:
-    """Raises InputError for a bare `str`, since its items are characters."""
+    """Raises InputError for a bare `str`, whose items are characters, and for anything in it that is no `str`."""
     if isinstance(texts, str | bytes):
         raise InputError("A batch is a list of texts; put a single text into a list.")
+    if not set(map(type, texts)) <= {str}:
+        for text in texts:
+            check_text(text)
 
 
 def special_token_ids(

@@ -6,7 +6,8 @@ The merges are those of `bpe_reference.train`, and what makes them fast are thre
 * A pair that a merge creates holds the new id. So all the places where a pair ever stands are known once the newer of
   its two ids has been made: they are listed then, one after the other, and no list ever grows (`_list_new_pairs`).
 * From then on a pair's count can only fall. So the priority queue may hold counts that are too high: the true one is
-  taken when a pair comes to its top, and the pair goes back if it was lower (`merge`).
+  taken when a pair comes to its top, and the pair goes back if it was lower (`merge`). For pairs of bytes, whose lists
+  are the longest, it is kept up to date; for others the list is looked through.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxlm.tokenizers.bpe_kernels import (
+    PLACE,
     TEXT_END,
     VALUE,
     chunk_key,
@@ -148,8 +150,8 @@ def copy_table(table, arena, larger):
 # ---- step 3: merge
 
 # Columns of the table of pairs: an upper bound of the count, left << 32 | right, where its list of places begins in the
-# array of all lists, how long it is, and the next pair of the same bucket.
-BOUND, PAIR, LIST, LENGTH, NEXT = range(5)
+# array of all lists, how long it is, the next pair of the same bucket, and the true count of a pair of bytes, else -1.
+BOUND, PAIR, LIST, LENGTH, NEXT, COUNT = range(6)
 # The counters of a training: pairs, places in all lists, pairs in the heap, bucket of the heap, merges.
 PAIRS, PLACES, HEAP, BUCKET, MERGES = range(5)
 # Buckets of counts: up to 1,023 one each, above 512 to an octave.
@@ -165,16 +167,14 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     size = int(counts.size[1])
     if size > np.iinfo(np.int32).max:
         raise MemoryError("more than 2 GiB of different chunks")
+    count_of = counts.table[counts.table[:, PLACE] > 0, VALUE].astype(np.int64)
+    if count_of.size and count_of.min() == count_of.max():
+        count_of = count_of[:1]  # which chunk it is makes no difference, as where each text is one chunk
     symbols, chunk_of = np.empty(size + 1, np.int32), np.empty(size + 1, np.int32)
-    count_of = np.empty(int(counts.size[0]), np.int64)
-    lay_out(counts.table, counts.arena, symbols, chunk_of, count_of)
-    if (
-        count_of.size and count_of.min() == count_of.max()
-    ):  # then it needn't be looked up, as where all texts are one chunk
-        count_of = count_of[:1]
+    lay_out(counts.table, counts.arena, symbols, chunk_of, len(count_of) > 1)
     # No more than twice the places can be listed anew. What isn't written to takes no memory.
     places = np.empty(3 * size + 1, np.int32)
-    pairs = np.empty((1 << 17, 5), np.int64)
+    pairs = np.empty((1 << 17, 6), np.int64)
     heap = np.empty((len(pairs), 3), np.int64)
     buckets = np.full(_BUCKETS, -1, np.int64)
     state = np.zeros(5, np.int64)
@@ -192,7 +192,7 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
         while merge(
             symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
-            neighbours, beside, touched,
+            neighbours, beside, touched, byte_pairs[0],
         ):  # fmt: skip
             pairs, heap = _doubled(pairs), _doubled(heap)
         done = int(state[MERGES])
@@ -209,26 +209,25 @@ def _doubled(array: Array64) -> Array64:
 
 
 @kernel
-def lay_out(table, arena, symbols, chunk_of, count_of):
-    """Writes the bytes of all chunks as symbols, and which chunk each belongs to."""
+def lay_out(table, arena, symbols, chunk_of, numbered):
+    """Writes the bytes of all chunks as symbols; and, if asked for, the number of the chunk that each belongs to."""
     for place in range(len(symbols) - 1):
         byte = np.int32(arena[place])
         symbols[place] = byte if byte != TEXT_END else -1
     symbols[len(symbols) - 1] = -1
-    index = 0
-    for slot in range(len(table)):
+    number = 0
+    for slot in range(len(table) if numbered else 0):
         place = chunk_place(table, slot)
         if place >= 0:
-            count_of[index] = np.int64(table[slot, VALUE])
             while arena[place] != TEXT_END:
-                chunk_of[place] = index
+                chunk_of[place] = number
                 place += 1
-            index += 1
+            number += 1
 
 
 @kernel
 def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, byte_pairs):
-    """Counts the pairs of bytes, and lists their places."""
+    """Counts the pairs of bytes and lists their places; `byte_pairs[0]` becomes their rows among all pairs."""
     for place in range(len(symbols) - 1):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
             pair = symbols[place] << 8 | symbols[place + 1]
@@ -239,6 +238,8 @@ def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, 
             key = np.int64(pair >> 8) << 32 | pair & 0xFF
             _enter_pair(pairs, state, key, byte_pairs[0, pair], byte_pairs[1, pair])
             _drop_into_bucket(pairs, buckets, state[PAIRS] - 1)
+            pairs[state[PAIRS] - 1, COUNT] = byte_pairs[0, pair]
+            byte_pairs[0, pair] = state[PAIRS] - 1
             byte_pairs[1, pair] = pairs[state[PAIRS] - 1, LIST]
     for place in range(len(symbols) - 1):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
@@ -250,7 +251,7 @@ def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, 
 @kernel
 def merge(
     symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
-    neighbours, beside, touched,
+    neighbours, beside, touched, byte_rows,
 ):  # fmt: skip
     """Merges until there are `goal` merges or no pair is left; True if it needs a larger table of pairs first."""
     while state[MERGES] < goal:
@@ -268,7 +269,9 @@ def merge(
         if state[PAIRS] + 2 * min(pairs[pair, LENGTH], 256 + state[MERGES]) > len(pairs):
             return True
         _pop(heap, state)
-        true_count = _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair)
+        true_count = pairs[pair, COUNT]
+        if true_count < 0:
+            true_count = _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair)
         if true_count < pairs[pair, BOUND]:
             pairs[pair, BOUND] = true_count
             if true_count:
@@ -286,8 +289,8 @@ def merge(
             symbols, lengths, places, begin, begin + pairs[pair, LENGTH], left, right, new, neighbours
         )  # fmt: skip
         _list_new_pairs(
-            chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new,
-            neighbours, beside, touched,
+            chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
+            neighbours, beside, touched, byte_rows,
         )  # fmt: skip
     return False
 
@@ -312,7 +315,8 @@ def _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair):
 
 @kernel
 def _list_new_pairs(
-    chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, new, neighbours, beside, touched
+    chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
+    neighbours, beside, touched, byte_rows,
 ):  # fmt: skip
     """Counts, lists and enqueues the pairs that the new id makes with its neighbours."""
     num_touched = 0
@@ -328,6 +332,10 @@ def _list_new_pairs(
                 beside[neighbour, 2 * side + 1] += amount
     for index in range(num_touched):
         neighbour, column = touched[index] >> 1, 2 * (touched[index] & 1)
+        # The neighbour's pair with the byte that was there is gone; so is that between two merged pairs in a row.
+        first, second = (right, neighbour if neighbour != new else left) if column else (neighbour, left)
+        if first < 256 and second < 256:
+            pairs[byte_rows[first << 8 | second], COUNT] -= beside[neighbour, column + 1]
         key = new << 32 | neighbour if column else neighbour << 32 | new
         _enter_pair(pairs, state, key, beside[neighbour, column + 1], beside[neighbour, column])
         _enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
@@ -358,6 +366,7 @@ def _enter_pair(pairs, state, key, pair_count, num_places):
     pairs[row, PAIR] = key
     pairs[row, LIST] = state[PLACES]
     pairs[row, LENGTH] = num_places
+    pairs[row, COUNT] = -1
     state[PAIRS] += 1
     state[PLACES] += num_places
 

@@ -1,9 +1,10 @@
 """tiktoken's ranks and Hugging Face's tokenizer.json, both ways: the same ids on every text, or an InputError.
 
-Neither format says outright what a `BPETokenizer` has to know. tiktoken merges any two neighbours whose bytes together are
-a token, the lowest rank first. Hugging Face tokenizers merge the pairs that they list, in that order, and a file made from
-ranks lists every way to make a token. But where a token comes up inside a text, no merge has crossed its ends, so its
-bytes went through what they go through alone. Hence one merge at most ever makes it, and it is found by encoding its bytes.
+Neither format says outright what a `BPETokenizer` has to know. tiktoken joins any two neighbours whose bytes together
+are a token, the lowest rank first. Hugging Face tokenizers join the pairs that they list, in that order, and a file
+made from ranks lists every way to make a token. But where a token comes up inside a text, no merge has crossed its
+ends, so its bytes went through what they go through alone. Hence one merge at most ever makes it; encoding its bytes
+finds it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 _FIRST_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPLIT_OF_TIKTOKEN = {pattern: name for name, pattern in SPLIT_PATTERNS.items()} | {_FIRST_GPT2: "gpt2"}
 
-# Hugging Face's engine is Oniguruma, in Ruby's syntax: there `$` is the end of a line, and `{1,3}+` repeats a repetition.
-# That it gives back nothing makes no difference to the numbers here. For "none" no pattern is written.
+# Hugging Face's engine is Oniguruma, in Ruby's syntax: `$` ends a line, and `{1,3}+` repeats a repetition. (That it
+# gives nothing back makes no difference to the numbers here.) The split "none" has no pattern there.
 _HUGGING_FACE_PATTERNS = {
     name: pattern.replace("$", r"\z").replace("{1,3}+", "{1,3}")
     for name, pattern in SPLIT_PATTERNS.items()
@@ -35,7 +36,7 @@ _HUGGING_FACE_PATTERNS = {
 _SPLIT_OF_HUGGING_FACE = {pattern: name for name, pattern in _HUGGING_FACE_PATTERNS.items()} | {_FIRST_GPT2: "gpt2"}
 # The group is what Oniguruma reads otherwise than `regex`, or not at all; the rest passes over escapes and [...].
 _READ_OTHERWISE = re.compile(
-    r"(\\[hHZ]|\(\?P|\(\?[a-z-]*[ms]|\}\+|[$^]|\[(?:\\.|[^\]\\&])*&&)|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL
+    r"(\\[hHZ]|\(\?P|\(\?[a-z-]*[ms]|\{[\d,]+\}\+|[$^]|\[(?:\\.|[^\]\\&])*&&)|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL
 )
 
 
@@ -133,16 +134,15 @@ def tiktoken_encoding(tokenizer: BPETokenizer, name: str) -> Any:
 
 
 def _ranks(tokenizer: BPETokenizer) -> dict[bytes, int]:
-    """Tokens and ids, in order of id. Raises InputError unless tiktoken makes of these ranks the same merges."""
-    tokens = _tokens(tokenizer)
-    for before, after in itertools.pairwise(tokenizer.ids[256:]):
-        if after < before:
-            raise InputError(
-                f"tiktoken merges in the order of ids, and here the merge of id {before} comes before that of id {after}; "
-                "only a vocabulary whose ids rise with its merges can be written."
-            )
-    _check_merges(tokenizer, lambda left, right: tokens.get(left + right, _NEVER), "tiktoken")
-    return _by_id(tokens)
+    """Tokens and ids, in order of id. Raises InputError unless tiktoken makes the same merges of them."""
+    ranks = _by_id(_tokens(tokenizer))
+    read = read_tiktoken(BPETokenizer, ranks, tokenizer.split, (), tokenizer.pattern)
+    if (read.merges, read.ids, read.whole) != (tokenizer.merges, tokenizer.ids, tokenizer.whole):
+        raise InputError(
+            "tiktoken joins any two neighbours that make a token, in the order of ids, and this vocabulary doesn't; "
+            "only one whose ids rise with its merges can be written."
+        )
+    return ranks
 
 
 # ---- Hugging Face tokenizers
@@ -199,8 +199,8 @@ def _from_json(cls: type[BPETokenizer], data: dict[str, Any]) -> BPETokenizer:
     if not plain or model.get("ignore_merges"):
         made_by, whole = _find_merges(tokens, lambda left, right: order.get((left, right), _NEVER))
     if not model.get("ignore_merges"):
-        # Tokens that no merge makes are never produced, and leave gaps. They can't change the ids of a text; refusing them
-        # would keep out sound vocabularies, for what no model has ever been trained on.
+        # Tokens that no merge makes are never produced, and leave gaps. They can't change the ids of any text; refusing
+        # them would keep sound vocabularies out, for what no model has ever been trained on.
         whole = []
     return _build(cls, tokens, made_by, whole, split, pattern, special_tokens)
 
@@ -239,10 +239,13 @@ def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> 
     pattern = tokenizer.pattern or _HUGGING_FACE_PATTERNS.get(tokenizer.split)
     symbols = merged_tokens(tokenizer.merges)
     pairs = [(symbols[left], symbols[right]) for left, right in tokenizer.merges]
-    vocabulary = {_spelling(token): token_id for token, token_id in _tokens(tokenizer).items()}
-    if tokenizer.whole:  # then a chunk that is a token is that token, whether or not merges lead to it
+    tokens = _tokens(tokenizer)
+    if tokenizer.whole:  # then a chunk that is a token is that token there, also if its merge is never made
         order = {pair: index for index, pair in enumerate(pairs)}
-        _check_merges(tokenizer, lambda left, right: order.get((left, right), _NEVER), "Hugging Face tokenizers")
+        _, never_made = _find_merges(tokens, lambda left, right: order.get((left, right), _NEVER))
+        if rest := set(never_made) - set(tokenizer.whole):
+            raise InputError(f"Hugging Face tokenizers would make the token {min(rest)!r}, which is never made here.")
+    vocabulary = {_spelling(token): token_id for token, token_id in tokens.items()}
     for name, token_id in tokenizer.special_tokens.items():
         # An added token keeps any id if it stands in the vocabulary, but what stands there is also read as a spelling.
         if name in vocabulary or (tokenizer.whole and _spells_another_text(name)):
@@ -251,9 +254,7 @@ def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> 
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added_tokens = [
-        {"id": token_id, "content": name, **flags} for name, token_id in _by_id(tokenizer.special_tokens).items()
-    ]
+    added_tokens = [{"id": token_id, "content": name, **flags} for name, token_id in tokenizer.special_tokens.items()]
     model = {
         "type": "BPE",
         "ignore_merges": bool(tokenizer.whole),
@@ -276,7 +277,7 @@ def _check_pattern(pattern: str) -> None:
     for match in _READ_OTHERWISE.finditer(pattern):
         if match.group(1):
             raise InputError(
-                f"The pattern {pattern!r} has {match.group(1)!r} in it, which Hugging Face's engine of regular expressions "
+                f"The pattern {pattern!r} has {match.group(1)!r} in it, which the engine of Hugging Face tokenizers "
                 "reads in another way than `regex` does."
             )
 
@@ -341,31 +342,20 @@ def _find_merges(tokens: Iterable[bytes], priority: Priority) -> tuple[dict[byte
     return {token: merge for token, merge in found.items() if merge}, [token for token in found if not found[token]]
 
 
-def _check_merges(tokenizer: BPETokenizer, priority: Priority, library: str) -> None:
-    """Raises InputError if another library, which merges by `priority`, makes a token in another way."""
-    symbols = merged_tokens(tokenizer.merges)
-    pairs = [(symbols[left], symbols[right]) for left, right in tokenizer.merges]
-    expected = {left + right: (left, right) for left, right in pairs}
-    for token in (*expected, *tokenizer.whole):
-        merge = _last_merge(token, priority)
-        if (merge and merge[1:]) != expected.get(token):
-            raise InputError(f"{library} would come to the token {token!r} by other merges, on other texts, than here.")
-
-
 def _in_order(made_by: Mapping[bytes, Merge]) -> list[bytes]:
     """The tokens, each after its parts, in an order of merging that gives the same ids.
 
-    That is the order of priorities, unless a token comes before one of its parts, as 90 of Llama 3's do directly or not.
-    Such an early token is made as soon as that part is made anywhere, before the part is made at the next place. Here all
-    places come first, and the early tokens next. That is the same as long as no place has to do with the next one: an
-    early token that joins two of them, a neighbour between them that both could take, or one that is part of the next.
+    Nearly always that is the order of priorities. But a token may come before one of its parts, as some of Llama 3's
+    do. Such an early token is made at once where the part has been made, before the part is made elsewhere; in the
+    order given here, the part is made everywhere first. The ids are the same unless what happens at one place reaches
+    the next: an early token joins both, or takes a neighbour that the next one could take, or one that it is made of.
 
     Raises:
-      InputError: they could have to do with each other.
+      InputError: it could reach it.
     """
     keys: dict[bytes, tuple[int, ...]] = {bytes([byte]): () for byte in range(256)}
     first_part = {merge.priority: merge.left for merge in made_by.values()}
-    taken: dict[int, tuple[set[bytes], set[bytes]]] = {}  # what early tokens take, before and after a place
+    taken: dict[int, tuple[set[bytes], set[bytes]]] = {}  # around a place: before the next one, and after this one
     for token in sorted(made_by, key=len):
         priority, left, right = made_by[token]
         latest = max(keys[left], keys[right])
@@ -374,14 +364,12 @@ def _in_order(made_by: Mapping[bytes, Merge]) -> list[bytes]:
             continue
         cause = keys[token][:1]
         before, after = taken.setdefault(cause[0], ({first_part[cause[0]]}, set()))
-        if keys[left][:1] == cause:
+        if keys[left][:1] == cause:  # it grew out of that part, or is it
             after.add(right)
         if keys[right][:1] == cause:
             before.add(left)
         if keys[left][:1] == keys[right][:1] or before & after:
-            raise InputError(
-                f"The token {token!r} is merged before its parts are, which no order of merges here can do."
-            )
+            raise InputError(f"The token {token!r} is merged before its parts are, in a way that merges here can't be.")
     return sorted(made_by, key=keys.__getitem__)
 
 
@@ -417,7 +405,7 @@ def _tokens(tokenizer: BPETokenizer) -> dict[bytes, int]:
     for token, token_id in zip(ordinary, [*tokenizer.ids, *tokenizer.whole.values()], strict=True):
         if tokens.setdefault(token, token_id) != token_id:
             raise InputError(
-                f"The ids {tokens[token]} and {token_id} both stand for {token!r}, and a file can hold one."
+                f"The ids {tokens[token]} and {token_id} both stand for {token!r}; only one can be written."
             )
     return tokens
 

@@ -1,0 +1,328 @@
+"""The engine gives what the textbook gives: on all threads, for long chunks, with a full cache, however compiled."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxlm
+from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
+from jaxlm.tokenizers.bpe_engine import ChunkCounts, learn
+from jaxlm.tokenizers.bpe_kernels import VALUE
+from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
+from jaxlm.tokenizers.bpe_split import Splitter, make_buffer
+
+ROOT = Path(jaxlm.__file__).parent.parent
+CORPUS = [p.read_text("utf-8") for p in sorted((ROOT / "jaxlm" / "data" / "builtin").glob("*.txt"))[:6]]
+TEXTS = st.lists(st.text(alphabet="ab é\n", max_size=30), max_size=12)
+
+
+# ---- training
+
+
+@settings(max_examples=100)
+@given(texts=TEXTS, threads=st.integers(1, 3), block=st.integers(1, 40))
+def test_threads_and_blocks_change_nothing(texts: list[str], threads: int, block: int) -> None:
+    chunks = [chunk for text in texts for chunk in bpe_reference.split(text, SPLIT_PATTERNS["gpt4"])]
+    merges = bpe_reference.train(chunks, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, "_BLOCK", block)
+        tokenizer = BPETokenizer.train(texts, 256 + len(merges), special_tokens=(), num_threads=threads)
+    assert tokenizer.merges == merges
+
+
+@settings(max_examples=150)
+@given(words=st.lists(st.tuples(st.text(alphabet="abc", min_size=1, max_size=70), st.integers(1, 4)), max_size=8))
+def test_merges_of_runs_and_ties(words: list[tuple[str, int]]) -> None:
+    texts = [word for word, number in words for _ in range(number)]
+    merges = bpe_reference.train(texts, 40)
+    tokenizer = BPETokenizer.train(texts, 256 + len(merges), split="none", special_tokens=())
+    assert tokenizer.merges == merges
+
+
+def test_counts_have_64_bits() -> None:
+    counts, more = ChunkCounts(), ChunkCounts()
+    splitter = Splitter("gpt4", None)
+    for target, text in ((counts, "ab ab cd"), (more, "cd cd cd")):
+        buffer = make_buffer([text.encode()])
+        target.add(splitter.begin(buffer, [text]))
+    counts.table[:, VALUE] *= np.uint64(1 << 40)
+    more.table[:, VALUE] *= np.uint64(1 << 41)
+    counts.update(more)
+    *_, (merges, merge_counts) = learn(counts, 2)
+    assert merges.tolist() == [[99, 100], [32, 256]]
+    assert merge_counts.tolist() == [7 << 40, 5 << 40]
+
+
+def test_a_stream_takes_memory_for_its_different_chunks_alone() -> None:
+    counts = ChunkCounts()
+    splitter = Splitter("gpt4", None)
+    sizes = []
+    for _ in range(4):
+        buffer = make_buffer([text.encode() for text in CORPUS])
+        counts.add(splitter.begin(buffer, CORPUS))
+        sizes.append((len(counts.table), len(counts.arena), int(counts.size[0])))
+    assert len(set(sizes)) == 1
+    unique = Counter(chunk for text in CORPUS for chunk in bpe_reference.split(text, SPLIT_PATTERNS["gpt4"]))
+    assert sizes[0][2] == len(unique)
+    assert counts.table[:, VALUE].sum() == 4 * sum(unique.values())
+
+
+def test_many_different_chunks_are_all_counted() -> None:
+    words = [f"x{number:x}y{'z' * (number % 40)}" for number in range(8_000)]
+    tokenizer = BPETokenizer.train(words * 2, 300, split="none", special_tokens=(), num_threads=2)
+    assert tokenizer.merges == bpe_reference.train(words * 2, 44)
+
+
+# ---- encoding
+
+
+@st.composite
+def merge_tables(draw: st.DrawFn) -> list[Pair]:
+    """Merges that no text need have taught: in any order that a table can have."""
+    ids = [*b"ab\xc3\xa9"]
+    merges: list[Pair] = []
+    for _ in range(draw(st.integers(0, 14))):
+        pair = (draw(st.sampled_from(ids)), draw(st.sampled_from(ids)))
+        if pair not in merges:
+            merges.append(pair)
+            ids.append(255 + len(merges))
+    return merges
+
+
+@settings(max_examples=300)
+@given(merges=merge_tables(), text=st.text(alphabet="abé", min_size=40, max_size=300))
+def test_long_chunks_have_the_ids_of_the_textbook(merges: list[Pair], text: str) -> None:
+    tokenizer = BPETokenizer(merges, split="none")
+    assert tokenizer.encode(text).tolist() == bpe_reference.encode(text, merges)
+
+
+@pytest.mark.parametrize("length", [47, 48, 49, 50, 500, 3_000])
+@pytest.mark.parametrize("alphabet", ["a", "ab", "abcdefgh", "é🙂a"])
+def test_chunks_of_any_length_have_the_ids_of_the_textbook(length: int, alphabet: str) -> None:
+    text = "".join(random.Random(length).choices(alphabet, k=length))
+    merges = bpe_reference.train([text[:400]], 60)
+    tokenizer = BPETokenizer(merges, split="none")
+    for part in (text, text[1:], text[: length // 2]):
+        assert tokenizer.encode(part).tolist() == bpe_reference.encode(part, merges)
+
+
+def test_a_full_cache_changes_nothing() -> None:
+    tokenizer = BPETokenizer.train(CORPUS, 600)
+    words = " ".join(f"mot{number}{'é' * (number % 19)}e" for number in range(250_000))  # more than the cache holds
+    ids = tokenizer.encode(words)
+    assert tokenizer.decode(ids) == words
+    assert np.array_equal(tokenizer.encode(words), ids)
+    for start in range(0, len(words), 400_000):
+        part = words[start : start + 200]
+        expected = [i for chunk in bpe_reference.split(part, SPLIT_PATTERNS["gpt4"])
+                    for i in bpe_reference.encode(chunk, tokenizer.merges)]  # fmt: skip
+        assert tokenizer.encode(part).tolist() == expected
+
+
+def test_many_threads_share_a_tokenizer() -> None:
+    tokenizer = BPETokenizer.train(CORPUS, 700)
+    expected = [ids.tolist() for ids in map(tokenizer.encode, CORPUS)]
+    fresh = BPETokenizer(tokenizer.merges)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(fresh.encode, CORPUS * 20))
+    assert [ids.tolist() for ids in found] == expected * 20
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    "texts", [[], [""], ["", "a", "", "été " * 40_000, "", "fin"], CORPUS, ["aa\xff\x00", "\n", " "]]
+)
+def test_a_batch_has_the_ids_of_its_texts(texts: list[str], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "_BLOCK", 3_000)
+    tokenizer = BPETokenizer.train(CORPUS, 500)
+    batch = tokenizer.encode_batch(texts, num_threads=threads)
+    ids, offsets = tokenizer.encode_batch(texts, num_threads=threads, flat=True)
+    assert [part.tolist() for part in batch] == [tokenizer.encode(text).tolist() for text in texts]
+    assert offsets.tolist() == [0, *np.cumsum([len(part) for part in batch]).tolist()]
+    assert ids.tolist() == [i for part in batch for i in part.tolist()]
+    assert (ids.dtype, offsets.dtype) == (np.int32, np.int64)
+    assert tokenizer.decode_batch(batch) == texts
+
+
+def test_a_batch_is_a_list_of_texts() -> None:
+    tokenizer = BPETokenizer([(97, 98)])
+    with pytest.raises(InputError, match="list of texts"):
+        tokenizer.encode_batch("ab")
+    for bad, message in ((["a", "\ud800"], "lone surrogate"), (["a", b"b"], "not bytes"), ([None], "not NoneType")):
+        with pytest.raises(InputError, match=message):
+            tokenizer.encode_batch(bad, allowed_special="none")  # type: ignore[arg-type]
+
+
+# ---- special tokens, as tiktoken treats them
+
+SPECIAL = {"<|end|>": 300, "<|end|>\n": 301, "<|": 302, "a b": 303}
+
+
+@settings(max_examples=300)
+@given(
+    text=st.lists(st.sampled_from([*SPECIAL, "<", "|>", "end", "a", " b", "\n", "é"]), max_size=9).map("".join),
+    allowed=st.one_of(st.sampled_from(["all", "none"]), st.sets(st.sampled_from(list(SPECIAL)))),
+)
+def test_special_tokens_are_treated_as_tiktoken_treats_them(text: str, allowed: str | set[str]) -> None:
+    tokenizer = BPETokenizer([(97, 32), (195, 169)], special_tokens=SPECIAL)
+    encoding = tokenizer.to_tiktoken_encoding()
+    disallowed = () if allowed == "none" else "all"
+    try:
+        expected = encoding.encode(
+            text, allowed_special=set() if allowed == "none" else allowed, disallowed_special=disallowed
+        )
+    except ValueError:
+        # We take the longest name where several match; tiktoken also refuses a name that is a part of an allowed one.
+        if not any(name not in allowed and name in longer for longer in allowed for name in SPECIAL):
+            with pytest.raises(InputError, match="contains the special token"):
+                tokenizer.encode(text, allowed_special=allowed)  # type: ignore[arg-type]
+        return
+    ids = tokenizer.encode(text, allowed_special=allowed)  # type: ignore[arg-type]
+    assert tokenizer.decode(ids) == text
+    if not ("<|end|>\n" in text and allowed != "none"):  # tiktoken takes any of two that begin alike, we the longest
+        assert ids.tolist() == expected
+    batch = tokenizer.encode_batch([text, ""], allowed_special=allowed)  # type: ignore[arg-type]
+    assert batch[0].tolist() == ids.tolist()
+
+
+def test_of_special_tokens_that_begin_alike_the_longest_is_taken() -> None:
+    tokenizer = BPETokenizer([], special_tokens=SPECIAL)
+    assert tokenizer.encode("<|end|>\n<|end|><|", allowed_special="all").tolist() == [301, 300, 302]
+
+
+# ---- decoding
+
+
+@given(numbers=st.lists(st.integers(0, 2**16), max_size=60))
+def test_ids_decode_piece_by_piece_as_at_once(numbers: list[int]) -> None:
+    tokenizer = BPETokenizer([(0xC3, 0xA9), (0xF0, 0x9F), (257, 0x98)], special_tokens=("<é>",))
+    ids = [number % tokenizer.vocab_size for number in numbers]
+    pieces = list(tokenizer.decode_iter(iter(ids)))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert all(pieces)
+    assert tokenizer.decode_bytes(np.array(ids, np.int32)) == tokenizer.decode_bytes(ids)
+    assert tokenizer.decode_bytes(ids) == b"".join(tokenizer.token_bytes(i) for i in ids)
+
+
+def test_no_half_character_is_given_out() -> None:
+    tokenizer = BPETokenizer([])
+    assert list(tokenizer.decode_iter("é🙂a".encode())) == ["é", "🙂", "a"]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint16])
+def test_ids_may_be_of_any_integer_type_and_read_only(dtype: type) -> None:
+    tokenizer = BPETokenizer([(97, 98)], special_tokens={"<a>": 300})
+    ids = np.array([97, 98, 200], dtype)
+    ids.flags.writeable = False
+    assert tokenizer.decode_bytes(ids[::-1]) == b"\xc8ba"
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([301], "301 is outside"),
+        (np.array([5, -1], np.int32), "-1 is outside"),
+        (np.array([5, 301], np.int32), "301 is outside"),
+        (np.array([5, 280], np.int32), "280 stands for nothing"),
+        ([280], "280 stands for nothing"),
+        (np.array([[5]], np.int32), "1-D"),
+        (np.array([5.0]), "integers"),
+    ],
+)
+def test_ids_that_are_none_are_refused(ids: object, message: str) -> None:
+    tokenizer = BPETokenizer([(97, 98)], special_tokens={"<a>": 300})
+    with pytest.raises(InputError, match=message):
+        tokenizer.decode(ids)  # type: ignore[arg-type]
+
+
+# ---- what else is in an imported vocabulary
+
+
+def test_ids_of_their_own_and_whole_chunks(tmp_path: Path) -> None:
+    order = [*range(255, -1, -1), 900, 901]
+    tokenizer = BPETokenizer(
+        [(97, 98), (256, 99)], ids=order, whole={b"chat": 700, b" quatre-vingt-dix-neuf": 701, b" " * 70: 702}
+    )
+    assert tokenizer.encode("abcab").tolist() == [901, 900]
+    assert tokenizer.encode("a chat").tolist() == [255 - byte for byte in b"a chat"]  # a part of a chunk is no chunk
+    assert tokenizer.encode("chat").tolist() == [700]
+    assert tokenizer.encode(" " * 70).tolist() == [702]
+    assert tokenizer.decode([901, 702, 700]) == "abc" + " " * 70 + "chat"
+    assert tokenizer.special_tokens == {"<|endoftext|>": 902}
+    assert tokenizer.byte_lengths([901, 902, 702]).tolist() == [3, 0, 70]
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.hash == tokenizer.hash
+    assert loaded.encode("abc chat").tolist() == tokenizer.encode("abc chat").tolist()
+
+
+def test_one_id_for_two_tokens_is_refused() -> None:
+    for arguments in ({"ids": [0] * 256}, {"ids": range(10)}, {"whole": {b"ab": 5}}, {"ids": [-1, *range(255)]}):
+        with pytest.raises(InputError, match="one id of its own"):
+            BPETokenizer([], **arguments)  # type: ignore[arg-type]
+
+
+def test_an_explanation_shows_each_merge() -> None:
+    from rich.console import Console
+
+    tokenizer = BPETokenizer([(0xC3, 0xA9), (256, 116), (257, 256)])
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(tokenizer.explain("été x"))
+    text = console.export_text()
+    for row in ("5 bytes", "\\xc3 + \\xa9", "é + t", "ét + é", "été", "258", "·x"):
+        assert row in text
+
+
+# ---- compilation
+
+USE = """
+import sys
+import jaxlm, jaxlm.tokenizers
+assert "numba" not in sys.modules
+from jaxlm.tokenizers import BPETokenizer
+tokenizer = BPETokenizer.train(["l'été, les hirondelles reviennent " * 3] * 2, 270, num_threads=2)
+text = "l'été\\n\\n12345 hirondelles " + "é" * 60
+ids = tokenizer.encode(text)
+assert tokenizer.decode(ids) == text
+print(tokenizer.merges, ids.tolist())
+"""
+
+
+def start(**environment: str) -> subprocess.Popen[str]:
+    settings_of_its_own = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", USE], env=settings_of_its_own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_compiled_twice_at_once_once_again_and_not_at_all(tmp_path: Path) -> None:
+    """Two processes that compile into one folder, a third that finds what they left, and one that compiles nothing."""
+    notice = "compiling the BPE engine"
+    at_once = [start(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    answers = [process.communicate(timeout=300) for process in at_once]
+    again = start(NUMBA_CACHE_DIR=str(tmp_path)).communicate(timeout=300)
+    plain = start(NUMBA_DISABLE_JIT="1").communicate(timeout=300)
+    assert len({output for output, _ in [*answers, again, plain]}) == 1
+    assert answers[0][0].startswith("[(")
+    assert all(errors.count(notice) == 1 and len(errors.splitlines()) == 1 for _, errors in answers)
+    assert again[1] == ""
+    assert plain[1] == ""
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nowhere = str(tmp_path / "file" / "below")
+    output, errors = start(NUMBA_CACHE_DIR=nowhere, HOME=nowhere, XDG_CACHE_HOME=nowhere).communicate(timeout=300)
+    assert output.startswith("[("), errors
