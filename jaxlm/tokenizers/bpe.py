@@ -216,14 +216,20 @@ class BPETokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
         from jaxlm.tokenizers.bpe_encode import decode_ids
 
-        if not (isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1):
-            ids = self._check_ids(ids)
-        array = np.require(ids, np.int32, ["C", "W"])
+        array = np.require(self._as_ids(ids), np.int32, ["C", "W"])
         found = decode_ids(array, self._token_starts, self._token_arena)
         if isinstance(found, int):
             self._check_ids(array)
             raise InputError(f"The id {array[found]} stands for nothing: it lies in a gap of the vocabulary.")
         return found
+
+    def decode_batch(self, batch: Iterable[Iterable[int] | npt.NDArray[np.integer]]) -> list[str]:
+        arrays = [self._as_ids(ids) for ids in batch]
+        joined = np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32, copy=False)
+        data = self.decode_bytes(joined)
+        places = np.cumsum(self._token_sizes[joined], dtype=np.int64)
+        ends = [int(places[end - 1]) if end else 0 for end in itertools.accumulate(map(len, arrays))]
+        return [data[start:end].decode("utf-8", errors="replace") for start, end in itertools.pairwise([0, *ends])]
 
     def decode_iter(self, ids: Iterable[int]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -232,6 +238,12 @@ class BPETokenizer(Tokenizer):
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
+
+    def _as_ids(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+        """A 1-D array of integers, in the vocabulary if they aren't int32, for which the kernel looks."""
+        if isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1:
+            return ids
+        return self._check_ids(ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         (token_id,) = self._check_ids([token_id])
@@ -251,9 +263,12 @@ class BPETokenizer(Tokenizer):
         return lengths
 
     @cached_property
+    def _token_sizes(self) -> IdArray:
+        return np.array([len(self._bytes_of.get(token_id, b"")) for token_id in range(self.vocab_size)], np.int32)
+
+    @cached_property
     def _token_starts(self) -> npt.NDArray[np.int64]:
-        sizes = [len(self._bytes_of.get(token_id, b"")) for token_id in range(self.vocab_size)]
-        return np.cumsum([0, *sizes], dtype=np.int64)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self._token_sizes, dtype=np.int64)])
 
     @cached_property
     def _token_arena(self) -> npt.NDArray[np.uint8]:

@@ -26,13 +26,9 @@ from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 _FIRST_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPLIT_OF_TIKTOKEN = {pattern: name for name, pattern in SPLIT_PATTERNS.items()} | {_FIRST_GPT2: "gpt2"}
 
-# Hugging Face's engine is Oniguruma, in Ruby's syntax: `$` ends a line, and `{1,3}+` repeats a repetition. (That it
-# gives nothing back makes no difference to the numbers here.) The split "none" has no pattern there.
-_HUGGING_FACE_PATTERNS = {
-    name: pattern.replace("$", r"\z").replace("{1,3}+", "{1,3}")
-    for name, pattern in SPLIT_PATTERNS.items()
-    if name != "none"
-}
+# Hugging Face's engine is Oniguruma, in Ruby's syntax, where `{1,3}+` repeats a repetition. (That it gives nothing back
+# makes no difference to the numbers here. `$` ends a line there; after `\s++` that is the end of the text.)
+_HUGGING_FACE_PATTERNS = {name: pattern.replace("{1,3}+", "{1,3}") for name, pattern in SPLIT_PATTERNS.items()}
 _SPLIT_OF_HUGGING_FACE = {pattern: name for name, pattern in _HUGGING_FACE_PATTERNS.items()} | {_FIRST_GPT2: "gpt2"}
 # The group is what Oniguruma reads otherwise than `regex`, or not at all; the rest passes over escapes and [...].
 _READ_OTHERWISE = re.compile(
@@ -136,8 +132,7 @@ def tiktoken_encoding(tokenizer: BPETokenizer, name: str) -> Any:
 def _ranks(tokenizer: BPETokenizer) -> dict[bytes, int]:
     """Tokens and ids, in order of id. Raises InputError unless tiktoken makes the same merges of them."""
     ranks = _by_id(_tokens(tokenizer))
-    read = read_tiktoken(BPETokenizer, ranks, tokenizer.split, (), tokenizer.pattern)
-    if (read.merges, read.ids, read.whole) != (tokenizer.merges, tokenizer.ids, tokenizer.whole):
+    if read_tiktoken(BPETokenizer, ranks, tokenizer.split, (), tokenizer.pattern).merges != tokenizer.merges:
         raise InputError(
             "tiktoken joins any two neighbours that make a token, in the order of ids, and this vocabulary doesn't; "
             "only one whose ids rise with its merges can be written."
@@ -191,12 +186,8 @@ def _from_json(cls: type[BPETokenizer], data: dict[str, Any]) -> BPETokenizer:
         order[ordinary[left], ordinary[right]] = index
     made_by = {left + right: Merge(index, left, right) for (left, right), index in order.items()}
     whole: list[bytes] = []
-    plain = len(made_by) == len(order) and all(
-        len(part) == 1 or (part in made_by and made_by[part].priority < index)
-        for index, *parts in made_by.values()
-        for part in parts
-    )
-    if not plain or model.get("ignore_merges"):
+    parts = {part for merge in made_by.values() for part in merge[1:] if len(part) > 1}
+    if model.get("ignore_merges") or len(made_by) < len(order) or parts - made_by.keys():
         made_by, whole = _find_merges(tokens, lambda left, right: order.get((left, right), _NEVER))
     if not model.get("ignore_merges"):
         # Tokens that no merge makes are never produced, and leave gaps. They can't change the ids of any text; refusing
@@ -236,7 +227,7 @@ def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> 
     """
     if tokenizer.pattern:
         _check_pattern(tokenizer.pattern)
-    pattern = tokenizer.pattern or _HUGGING_FACE_PATTERNS.get(tokenizer.split)
+    pattern = tokenizer.pattern or _HUGGING_FACE_PATTERNS[tokenizer.split]
     symbols = merged_tokens(tokenizer.merges)
     pairs = [(symbols[left], symbols[right]) for left, right in tokenizer.merges]
     tokens = _tokens(tokenizer)
@@ -253,6 +244,7 @@ def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> 
         vocabulary[name] = token_id
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    steps = [byte_level] if pattern == SPLIT_PATTERNS["none"] else [cut, byte_level]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added_tokens = [{"id": token_id, "content": name, **flags} for name, token_id in tokenizer.special_tokens.items()]
     model = {
@@ -265,7 +257,7 @@ def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> 
         "version": "1.0",
         "added_tokens": added_tokens,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]} if pattern else byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
         "decoder": byte_level,
         "model": model,
