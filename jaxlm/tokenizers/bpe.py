@@ -441,6 +441,7 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
     for counts in idle:
         if counts is not total:
             total.update(counts)
+            counts.clear()
     return total
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_kernels import (
     LONG,
     TEXT_END,
@@ -76,6 +77,8 @@ class Workspace:
 
     def make_room(self, length: int) -> None:
         """Room for a chunk of so many bytes. What isn't written to takes no memory."""
+        if length > np.iinfo(np.int32).max:
+            raise InputError("The text has a chunk of more than 2 GiB; encode it in parts, or use a split.")
         self.symbols = np.empty(length + 1, np.int32)
         self.places = np.empty(3 * length, np.int32)
         self.neighbours, self.results = np.empty((2, length + 2), np.int32)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_kernels import (
     PLACE,
     TEXT_END,
@@ -49,6 +50,10 @@ class ChunkCounts:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all chunks, and gives back their memory."""
         self.table = chunk_table(12)
         self.arena = np.empty(1 << 16, np.uint8)
         self.size = np.zeros(2, np.int64)
@@ -160,18 +165,24 @@ _RIGHT = (1 << 32) - 1
 
 
 def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[tuple[Array32, Array64]]:
-    """Learns up to `num_merges` merges, in so many rounds; yields those learned so far after each, with their counts.
+    """Learns up to `num_merges` merges from counts, which it clears, in so many rounds.
+
+    Yields the merges learned so far after each round, with their counts.
 
     Merges are int32 of shape (n, 2), counts int64 of shape (n,): how often the merged pair stood in the text.
+
+    Raises:
+      InputError: more than 2 GiB of different chunks.
     """
     size = int(counts.size[1])
     if size > np.iinfo(np.int32).max:
-        raise MemoryError("more than 2 GiB of different chunks")
+        raise InputError("The text has more than 2 GiB of different chunks; use less of it, or a split that cuts it finer.")
     count_of = counts.table[counts.table[:, PLACE] > 0, VALUE].astype(np.int64)
     if count_of.size and count_of.min() == count_of.max():
         count_of = count_of[:1]  # which chunk it is makes no difference, as where each text is one chunk
     symbols, chunk_of = np.empty(size + 1, np.int32), np.empty(size + 1, np.int32)
     lay_out(counts.table, counts.arena, symbols, chunk_of, len(count_of) > 1)
+    counts.clear()
     # No more than twice the places can be listed anew. What isn't written to takes no memory.
     places = np.empty(3 * size + 1, np.int32)
     pairs = np.empty((1 << 17, 6), np.int64)
