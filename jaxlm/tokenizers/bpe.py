@@ -2,7 +2,7 @@
 
 Text is split into chunks by a pattern, and byte-pair encoding runs inside each chunk. `bpe_reference` is the textbook
 algorithm, to be read first. What runs is an engine that gives the same merges and the same ids, in four steps:
-`bpe_split` cuts text into chunks, `bpe_engine` counts chunks and merges pairs, `bpe_encode` turns chunks into ids.
+`bpe_split` cuts text into chunks, `bpe_count` counts them, `bpe_merge` learns merges, `bpe_encode` makes ids.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class BPETokenizer(Tokenizer):
             )
         if isinstance(special_tokens, Mapping):
             special_token_ids(special_tokens, 256 + num_merges)  # before the work, not after it
-        from jaxlm.tokenizers.bpe_engine import learn
+        from jaxlm.tokenizers.bpe_merge import learn
 
         check_split(split, pattern)
         counts = _count_chunks(texts, split, pattern, num_threads or _num_cores())
@@ -413,7 +413,7 @@ def merged_tokens(merges: Sequence[Pair]) -> list[bytes]:
 
 def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_threads: int) -> Any:
     """The unique chunks of texts with their counts. Each thread counts for itself; counts are added up at the end."""
-    from jaxlm.tokenizers.bpe_engine import ChunkCounts
+    from jaxlm.tokenizers.bpe_count import ChunkCounts
     from jaxlm.tokenizers.bpe_split import Splitter, make_buffer
 
     splitter = Splitter(split, pattern)

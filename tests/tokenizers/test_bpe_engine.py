@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import jaxlm
 from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
-from jaxlm.tokenizers.bpe_engine import ChunkCounts, learn
+from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import VALUE
+from jaxlm.tokenizers.bpe_merge import learn
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
 from jaxlm.tokenizers.bpe_split import Splitter, make_buffer
 

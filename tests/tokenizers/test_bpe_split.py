@@ -98,10 +98,15 @@ def test_what_regex_classes_otherwise_is_new_to_it_but_for_one_letter() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_character_is_cut_as_regex_and_tiktoken_cut_it(split: str) -> None:
-    """Alone, doubled, between letters, after a space, a newline and an apostrophe, all that are classed alike."""
+    """Alone, doubled, between letters, after a space, a newline and an apostrophe, all that are classed alike.
+
+    Of the planes from U+20000 on, which hold ideographs and private characters alone but for two blocks, every 61st: all
+    of them pass, and take a minute and a half.
+    """
     tokenizer = BPETokenizer([], split=split)
     points = np.flatnonzero(classed_alike())
-    for block in np.array_split(points, 16):
+    points = points[(points < 0x20000) | (points % 61 == 0) | ((points >= 0xE0000) & (points < 0xE0200))]
+    for block in np.array_split(points, 4):
         text = "".join(f"{c}{c} {c} a{c}b\n{c}'{c}\n\n" for c in map(chr, block.tolist()))
         chunks = tokenizer.chunks(text)
         assert b"".join(chunks) == text.encode()

@@ -1,0 +1,132 @@
+"""Step 2 of the BPE engine: unique chunks are counted, since they are all that training sees of a text."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxlm.tokenizers.bpe_kernels import (
+    TEXT_END,
+    VALUE,
+    chunk_key,
+    chunk_place,
+    chunk_table,
+    enter_chunk,
+    find_slot,
+    inlined,
+    kernel,
+)
+from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks
+
+_U = np.uint64
+
+
+class ChunkCounts:
+    """Unique chunks with 64-bit counts. Memory grows with the unique chunks, not with the text.
+
+    Attributes:
+      table: a chunk table; its values are the counts.
+      arena: the bytes of the chunks, each closed by 0xFF.
+      size: how many chunks there are; how much of the arena is used.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all chunks, and gives back their memory."""
+        self.table = chunk_table(12)
+        self.arena = np.empty(1 << 16, np.uint8)
+        self.size = np.zeros(2, np.int64)
+
+    def add(self, chunks: Chunks) -> None:
+        """Counts the chunks of a buffer."""
+        *_, ends, where = chunks
+        while not count(*chunks, self.table, self.arena, self.size):
+            self._make_room(int(ends[where[DONE]] - where[START]))
+
+    def update(self, other: ChunkCounts) -> None:
+        """Adds the counts of other chunks."""
+        slot = 0
+        while (slot := add_table(other.table, other.arena, slot, self.table, self.arena, self.size)) < len(other.table):
+            place = int(chunk_place(other.table, slot))
+            self._make_room(int(np.argmax(other.arena[place : int(other.size[1])] == TEXT_END)))
+
+    def _make_room(self, length: int) -> None:
+        if _is_full(self.size, self.table):
+            table = chunk_table(len(self.table).bit_length())
+            copy_table(self.table, self.arena, table)
+            self.table = table
+        if self.size[1] + length + 17 > len(self.arena):
+            self.arena = np.concatenate([self.arena[: self.size[1]], np.empty(self.size[1] + length + 17, np.uint8)])
+
+
+@kernel
+def count(buffer, classes, scheme, ends, where, table, arena, size):
+    """Counts chunks until all are done; False if there is no room for the next one."""
+    while next_chunks(buffer, classes, scheme, ends, where):
+        start = where[START]
+        for index in range(where[DONE], where[KNOWN]):
+            while buffer[start] == TEXT_END:
+                start += 1
+            end = ends[index]
+            if not _add(buffer, start, end - start, _U(1), table, arena, size):
+                where[START] = start
+                where[DONE] = index
+                return False
+            start = end
+        where[START] = start
+        where[DONE] = where[KNOWN]
+    return True
+
+
+@kernel
+def add_table(others, other_arena, slot, table, arena, size):
+    """Adds the counts of another table from `slot` on; returns the first slot for which there is no room."""
+    while slot < len(others):
+        place = chunk_place(others, slot)
+        if place >= 0:
+            length = _chunk_length(other_arena, place)
+            if not _add(other_arena, place, length, others[slot, VALUE], table, arena, size):
+                break
+        slot += 1
+    return slot
+
+
+@inlined
+def _add(buffer, start, length, amount, table, arena, size):
+    first, second, short, code = chunk_key(buffer, start, length)
+    slot, found = find_slot(table, arena, buffer, start, length, first, second, short, code)
+    if found:
+        table[slot, VALUE] += amount
+        return True
+    if _is_full(size, table) or size[1] + length + 17 > len(arena):
+        return False
+    size[0] += 1
+    size[1] = enter_chunk(table, slot, arena, size[1], buffer, start, length, first, second, short, amount)
+    return True
+
+
+@kernel
+def _is_full(size, table):
+    return 4 * size[0] >= 3 * len(table)
+
+
+@kernel
+def _chunk_length(arena, place):
+    length = 1
+    while arena[place + length] != TEXT_END:
+        length += 1
+    return length
+
+
+@kernel
+def copy_table(table, arena, larger):
+    """Enters all rows of a table into a larger, empty one."""
+    for slot in range(len(table)):
+        place = chunk_place(table, slot)
+        if place >= 0:
+            length = _chunk_length(arena, place)
+            first, second, short, code = chunk_key(arena, place, length)
+            new, _ = find_slot(larger, arena, arena, place, length, first, second, short, code)
+            for column in range(4):
+                larger[new, column] = table[slot, column]
