@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the engine is imported where it is used, since numba takes 
 
 _BLOCK = 1 << 20  # characters that are encoded or counted together
 _PROGRESS_ROUNDS = 200
+_MOST_IDS = 1 << 24  # what is looked up by id has a place for each, used or not
 
 
 class BPETokenizer(Tokenizer):
@@ -78,10 +79,14 @@ class BPETokenizer(Tokenizer):
         taken = set(ordinary)
         if len(self.ids) != len(tokens) or len(taken) != len(ordinary) or min(taken) < 0:
             raise InputError("Each byte, merge and whole chunk of a BPE vocabulary has one id of its own, at least 0.")
+        if b"" in self.whole:
+            raise InputError("A whole chunk of a BPE vocabulary has at least one byte.")
         self.special_tokens = special_token_ids(special_tokens, 1 + max(taken), taken)
         self._bytes_of = dict(zip(ordinary, [*tokens, *self.whole], strict=True))
         self._bytes_of.update({token_id: name.encode() for name, token_id in self.special_tokens.items()})
         self._vocab_size = 1 + max(self._bytes_of)
+        if self._vocab_size > _MOST_IDS:
+            raise InputError(f"The highest id of a BPE vocabulary is below {_MOST_IDS:,}, not {self._vocab_size - 1}.")
         self._workspaces: list[Workspace] = []
 
     @classmethod

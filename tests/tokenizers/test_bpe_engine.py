@@ -275,6 +275,14 @@ def test_one_id_for_two_tokens_is_refused() -> None:
             BPETokenizer([], **arguments)  # type: ignore[arg-type]
 
 
+def test_ids_and_chunks_that_cannot_be_are_refused() -> None:
+    for arguments in ({"ids": [*range(255), 2**31]}, {"special_tokens": {"<a>": 2**40}}, {"whole": {b"a b": 2**24}}):
+        with pytest.raises(InputError, match="highest id"):
+            BPETokenizer([], **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least one byte"):
+        BPETokenizer([], whole={b"": 300})
+
+
 def test_an_explanation_shows_each_merge() -> None:
     from rich.console import Console
 

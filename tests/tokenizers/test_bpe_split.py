@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -13,7 +14,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.tokenizers import BPETokenizer, bpe, bpe_reference
+from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 from jaxlm.tokenizers.bpe_split import (
     LETTER,
@@ -75,6 +76,40 @@ def check_against_tiktoken(text: str, split: str, chunks: list[bytes]) -> None:
     assert encoding.encode_ordinary(text) == [ranks[chunk] for chunk in chunks]
 
 
+# A character among others: doubled, alone, between letters, after a space, a newline and an apostrophe; and all that
+# stands between two such characters.
+SURROUNDED = "{0}{0} {0} a{0}b\n{0}'{0}\n\n"
+BETWEEN = ["", " ", " a", "b\n", "'", "\n\n"]
+
+
+@cache
+def ranks_that_show_cuts() -> dict[bytes, int]:
+    """Tokens for all that can stand from the last byte of a character to the first byte of the next, and their parts.
+
+    tiktoken merges until no two neighbours make a token. So between two characters of more than one byte, which share
+    no byte with what stands there, a token ends only where a chunk does; else tokens end only inside characters.
+    """
+    lasts = [bytes([byte]) for byte in range(0x80, 0xC0)]
+    firsts = [bytes([byte]) for byte in range(0xC2, 0xF5)]
+    tokens = set()
+    for between in (text.encode() for text in BETWEEN):
+        tokens |= {last + between + first for last in lasts for first in firsts}
+        for place in range(len(between) + 1):
+            tokens |= {last + between[:place] for last in lasts} | {between[place:] + first for first in firsts}
+            tokens |= {between[start:place] for start in range(place - 1)}
+    longer = sorted((token for token in tokens if len(token) > 1), key=lambda token: (len(token), token))
+    return BYTES | {token: 256 + index for index, token in enumerate(longer)}
+
+
+def ends_in_tiktoken(text: str, split: str) -> npt.NDArray[np.int64]:
+    """Where tiktoken's chunks end, in bytes, for `SURROUNDED` characters of more than one byte."""
+    ranks = ranks_that_show_cuts()
+    encoding = tiktoken.Encoding("cuts", pat_str=SPLIT_PATTERNS[split], mergeable_ranks=ranks, special_tokens={})
+    ends = np.cumsum(np.array([len(token) for token in ranks])[encoding.encode_to_numpy(text)])
+    following = np.frombuffer(text.encode() + b"\0", np.uint8)[ends]
+    return ends[following & 0xC0 != 0x80]
+
+
 def test_the_table_of_characters_is_tiktokens() -> None:
     classes = character_classes()
     for number, pattern in CLASS_PATTERNS.items():
@@ -97,21 +132,56 @@ def test_what_regex_classes_otherwise_is_new_to_it_but_for_one_letter() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_character_is_cut_as_regex_and_tiktoken_cut_it(split: str) -> None:
-    """Alone, doubled, between letters, after a space, a newline and an apostrophe, all that are classed alike.
-
-    Of the planes from U+20000 on, which hold ideographs and private characters alone but for two blocks, every 61st: all
-    of them pass, and take a minute and a half.
-    """
+def test_every_character_is_cut_as_tiktoken_cuts_it_and_regex_if_it_classes_it_alike(split: str) -> None:
     tokenizer = BPETokenizer([], split=split)
-    points = np.flatnonzero(classed_alike())
-    points = points[(points < 0x20000) | (points % 61 == 0) | ((points >= 0xE0000) & (points < 0xE0200))]
-    for block in np.array_split(points, 4):
-        text = "".join(f"{c}{c} {c} a{c}b\n{c}'{c}\n\n" for c in map(chr, block.tolist()))
+    pattern = regex.compile(SPLIT_PATTERNS[split])
+    blocks = np.array_split(np.array([point for point in CODE_POINTS if point >= 0x80]), 16)
+    texts = ["".join(map(SURROUNDED.format, map(chr, block.tolist()))) for block in blocks]
+    with ThreadPoolExecutor(1) as pool:  # beside the rest, since tiktoken doesn't hold the interpreter's lock
+        in_tiktoken = pool.map(ends_in_tiktoken, texts, itertools.repeat(split))
+        for block, text, expected in zip(blocks, texts, in_tiktoken, strict=True):
+            chunks = tokenizer.chunks(text)
+            assert b"".join(chunks) == text.encode()
+            assert np.array_equal(np.cumsum([len(chunk) for chunk in chunks]), expected)
+            alike = block[classed_alike()[block]]
+            if len(alike) < len(block):
+                text = "".join(map(SURROUNDED.format, map(chr, alike.tolist())))
+                chunks = tokenizer.chunks(text)
+            assert b"\xff".join(chunks) == "\udcff".join(pattern.findall(text)).encode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_ascii_character_is_cut_as_regex_and_tiktoken_cut_it(split: str) -> None:
+    tokenizer = BPETokenizer([], split=split)
+    for around in ("", "'s", " ", "a", "A", "1", "\n", "/", "é"):
+        text = "".join(around + SURROUNDED.format(chr(point)) for point in range(128))
         chunks = tokenizer.chunks(text)
-        assert b"".join(chunks) == text.encode()
         assert chunks == [chunk.encode() for chunk in bpe_reference.split(text, SPLIT_PATTERNS[split])]
         check_against_tiktoken(text, split, chunks)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_white_space_at_the_end_and_before_text_is_cut_as_regex_and_tiktoken_cut_it(split: str) -> None:
+    """All runs of one and two kinds of white space, and those of three that differ in what ends a line."""
+    tokenizer = BPETokenizer([], split=split)
+    blanks = [chr(point) for point in CODE_POINTS if character_classes()[point] & (SPACE | NEWLINE)]
+    assert len(blanks) == 25
+    runs = ["".join(run) for length in (1, 2) for run in itertools.product(blanks, repeat=length)]
+    runs += ["".join(run) for run in itertools.product(" \t\r\n\xa0", repeat=3)]
+    ending = [tokenizer.chunks(start + run) for start in ("", "a", "!", "1") for run in runs]
+    texts = [start + run for start in ("", "a", "!", "1") for run in runs]
+    for text, chunks in zip(texts, ending, strict=True):
+        assert chunks == [chunk.encode() for chunk in bpe_reference.split(text, SPLIT_PATTERNS[split])]
+    ranks = dict(BYTES)
+    for chunks in ending:
+        for chunk in [*chunks, *(left + right for left, right in itertools.pairwise(chunks))]:
+            ranks.setdefault(chunk, len(ranks))
+    encoding = tiktoken.Encoding("ends", pat_str=SPLIT_PATTERNS[split], mergeable_ranks=ranks, special_tokens={})
+    assert encoding.encode_ordinary_batch(texts) == [[ranks[chunk] for chunk in chunks] for chunks in ending]
+    between = "".join(f"a{run}b!{run}1{run}." for run in runs)
+    chunks = tokenizer.chunks(between)
+    assert chunks == [chunk.encode() for chunk in bpe_reference.split(between, SPLIT_PATTERNS[split])]
+    check_against_tiktoken(between, split, chunks)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -170,3 +240,16 @@ def test_a_text_that_comes_in_pieces_has_the_same_ids(parts: list[str], cuts: li
         found = [i for ids in tokenizer.encode_iter(pieces, allowed_special=allowed) for i in ids]  # type: ignore[arg-type]
     expected = tokenizer.encode("".join(pieces), allowed_special=allowed)  # type: ignore[arg-type]
     assert found == expected.tolist()
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+def test_a_special_token_in_pieces_is_refused_as_in_one(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "_BLOCK", 8)
+    tokenizer = BPETokenizer([(97, 98)], special_tokens=SPECIAL)
+    text = "un deux trois <|end|> quatre cinq"
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    for allowed in ((), {" fin "}):
+        with pytest.raises(InputError, match=r"special token '<\|end\|>'"):
+            list(tokenizer.encode_iter(pieces, allowed_special=allowed))
+    found = [i for ids in tokenizer.encode_iter(pieces, allowed_special={"<|end|>"}) for i in ids]
+    assert found == tokenizer.encode(text, allowed_special={"<|end|>"}).tolist()

@@ -201,6 +201,7 @@ def test_a_pattern_of_ones_own_has_the_same_ids_everywhere(pattern: str) -> None
         (r"^a|\s|\S", "^"),
         (r"\p{N}{1,3}+|\P{N}", "{1,3}+"),
         (r"\h|\s|\S", r"\h"),
+        (r"[a&&b]|\s|\S", "[a&&"),
     ],
 )
 def test_a_pattern_that_hugging_face_reads_otherwise_is_refused(pattern: str, part: str, tmp_path: Path) -> None:
