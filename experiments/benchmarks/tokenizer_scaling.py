@@ -105,7 +105,7 @@ def measure_stream(corpus: str, gigabytes: float) -> None:
 
 
 def _stream(documents: list[bytes], size: float, new_words: bool) -> Iterator[str]:
-    """The documents over and over. With new words, every fourth has its letters permuted, in another way each time."""
+    """The documents over and over. With new words, every second has other letters each time."""
     letters = b"abcdefghijklmnopqrstuvwxyz"
     sent = 0
     for round_number in itertools.count():
@@ -115,7 +115,7 @@ def _stream(documents: list[bytes], size: float, new_words: bool) -> Iterator[st
             sent += len(document)
             if sent > size:
                 return
-            changed = new_words and round_number and (index + round_number) % 4 == 0
+            changed = new_words and round_number and (index + round_number) % 2 == 0
             yield (document.translate(permutation) if changed else document).decode()
 
 

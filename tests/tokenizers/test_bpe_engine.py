@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +80,22 @@ def test_a_stream_takes_memory_for_its_different_chunks_alone() -> None:
     unique = Counter(chunk for text in CORPUS for chunk in bpe_reference.split(text, SPLIT_PATTERNS["gpt4"]))
     assert sizes[0][2] == len(unique)
     assert counts.table[:, VALUE].sum() == 4 * sum(unique.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from Linux")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_training_on_a_stream_takes_no_memory_for_the_texts_that_are_done(threads: int) -> None:
+    pages: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for number in range(120):
+            if number >= 30:  # threads, blocks and tables have what they need by then
+                pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+            yield "".join([CORPUS[0][number:] * (1_000_000 // len(CORPUS[0])), " fin"])
+
+    BPETokenizer.train(texts(), 300, num_threads=threads)
+    megabytes = (max(pages) - pages[0]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    assert megabytes < 40  # of the 90 or more that the texts have
 
 
 def test_many_different_chunks_are_all_counted() -> None:
@@ -222,6 +240,36 @@ def test_no_half_character_is_given_out() -> None:
     assert list(tokenizer.decode_iter("é🙂a".encode())) == ["é", "🙂", "a"]
 
 
+VALID = st.text(alphabet="aé中🙂\u0301\ufffd", min_size=1, max_size=30)
+
+
+@given(text=VALID, start=st.integers(0, 120), stop=st.integers(0, 120))
+def test_a_slice_of_ids_shows_a_replacement_only_where_a_character_is_cut(text: str, start: int, stop: int) -> None:
+    """Merges of parts of characters: the pieces hold whole ones, and U+FFFD only at the ends or where the text does."""
+    merges = [(0xF0, 0x9F), (0x99, 0x82), (0xAD, 97), (0xA9, 0xE4), (0x82, 256), (0xC3, 0xA9)]
+    tokenizer = BPETokenizer(merges, split="none")
+    ids = tokenizer.encode(text)[start:stop].tolist()
+    pieces = list(tokenizer.decode_iter(ids))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    inside = tokenizer.decode_bytes(ids).decode("utf-8", errors="ignore")
+    assert inside in text
+    for count in range(len(ids)):  # nothing that was given out changes by what comes
+        assert tokenizer.decode(ids).startswith("".join(itertools.islice(tokenizer.decode_iter(ids), count)))
+    if start == 0 and stop >= len(text.encode()):
+        assert all("\ufffd" not in piece or piece in text for piece in pieces)
+        assert "".join(pieces) == text
+
+
+@given(batch=st.lists(st.lists(st.integers(0, 260), max_size=6), max_size=5), as_arrays=st.booleans())
+def test_a_batch_decodes_as_each_of_it_even_where_it_ends_inside_a_character(
+    batch: list[list[int]], as_arrays: bool
+) -> None:
+    tokenizer = BPETokenizer([(0xC3, 0xA9), (0xF0, 0x9F), (257, 0x98)], special_tokens=("<é>", "\n"))
+    given_batch = [np.array(ids, np.int32) for ids in batch] if as_arrays else batch
+    assert tokenizer.decode_batch(given_batch) == [tokenizer.decode(ids) for ids in batch]
+    assert tokenizer.decode_batch(iter([[0xC3], *batch, [0xA9]])) == tokenizer.decode_batch([[0xC3], *batch, [0xA9]])
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint16])
 def test_ids_may_be_of_any_integer_type_and_read_only(dtype: type) -> None:
     tokenizer = BPETokenizer([(97, 98)], special_tokens={"<a>": 300})
@@ -244,8 +292,20 @@ def test_ids_may_be_of_any_integer_type_and_read_only(dtype: type) -> None:
 )
 def test_ids_that_are_none_are_refused(ids: object, message: str) -> None:
     tokenizer = BPETokenizer([(97, 98)], special_tokens={"<a>": 300})
+    for use in (tokenizer.decode, tokenizer.decode_bytes, lambda bad: tokenizer.decode_batch([[97], bad])):
+        with pytest.raises(InputError, match=message):
+            use(ids)  # type: ignore[arg-type, operator]
+
+
+@pytest.mark.parametrize(("bad", "message"), [(-1, "-1 is outside"), (301, "301 is outside"), (280, "280 stands for")])
+def test_an_id_that_is_none_is_refused_when_it_comes(bad: int, message: str) -> None:
+    tokenizer = BPETokenizer([(97, 98)], special_tokens={"<a>": 300})
+    pieces = tokenizer.decode_iter([97, 300, bad])
+    assert [next(pieces), next(pieces)] == ["a", "<a>"]
     with pytest.raises(InputError, match=message):
-        tokenizer.decode(ids)  # type: ignore[arg-type]
+        next(pieces)
+    with pytest.raises(InputError, match=message):
+        tokenizer.token_bytes(bad)
 
 
 # ---- what else is in an imported vocabulary

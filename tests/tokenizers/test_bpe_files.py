@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxlm.tokenizers import BPETokenizer, InputError, load_tokenizer
+from jaxlm.tokenizers import END_OF_TEXT, BPETokenizer, InputError, load_tokenizer
 from jaxlm.tokenizers.base import content_hash
 
 TOKENIZER = BPETokenizer([(97, 98), (256, 99)], special_tokens=("<|end|>", "<a b>"))
@@ -78,3 +81,56 @@ def test_a_changed_or_cut_file_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         with pytest.raises(InputError, match="damaged"):
             load_tokenizer(tmp_path)
+
+
+@st.composite
+def tokenizers(draw: st.DrawFn) -> BPETokenizer:
+    """Any merges, ids in any order with gaps, whole chunks and special tokens."""
+    symbols = [97, 98, 0xC3, 0xA9]
+    merges: list[tuple[int, int]] = []
+    for _ in range(draw(st.integers(0, 6))):
+        pair = (draw(st.sampled_from(symbols)), draw(st.sampled_from(symbols)))
+        if pair not in merges:
+            merges.append(pair)
+            symbols.append(255 + len(merges))
+    whole = draw(st.sets(st.sampled_from([b"abba", b" quatre-vingt-dix-neuf", "é".encode() * 30, b"\n\n"])))
+    names = draw(st.lists(st.sampled_from(["<|end|>", "<a b>", "\n<é>", '"\\', END_OF_TEXT]), unique=True))
+    numbers = list(range(256 + len(merges) + len(whole) + len(names) + draw(st.integers(0, 9))))
+    draw(st.randoms(use_true_random=False)).shuffle(numbers)
+    ids = [numbers.pop() for _ in range(256 + len(merges))] if draw(st.booleans()) else None
+    free = numbers if ids else list(range(400, 420))
+    return BPETokenizer(
+        merges,
+        split=draw(st.sampled_from(["gpt2", "gpt4", "o200k", "none"])),
+        special_tokens={name: free.pop() for name in names},
+        ids=ids,
+        whole={chunk: free.pop() for chunk in sorted(whole)},
+    )
+
+
+@settings(max_examples=60)
+@given(tokenizer=tokenizers(), text=st.text(alphabet='abé \n"<>', max_size=80))
+def test_ids_whole_chunks_and_special_tokens_come_back(tokenizer: BPETokenizer, text: str) -> None:
+    text = f"abba quatre-vingt-dix-neuf\n\n{'é' * 30}" + "".join(tokenizer.special_tokens) + text
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        loaded = load_tokenizer(folder)
+    assert isinstance(loaded, BPETokenizer)
+    assert loaded.hash == tokenizer.hash
+    assert (loaded.merges, loaded.ids, loaded.whole) == (tokenizer.merges, tokenizer.ids, tokenizer.whole)
+    assert list(loaded.special_tokens.items()) == list(tokenizer.special_tokens.items())
+    assert (loaded.split, loaded.pattern, loaded.vocab_size) == (tokenizer.split, None, tokenizer.vocab_size)
+    for allowed in ("all", "none"):
+        ids = tokenizer.encode(text, allowed_special=allowed)  # type: ignore[arg-type]
+        assert loaded.encode(text, allowed_special=allowed).tolist() == ids.tolist()  # type: ignore[arg-type]
+        assert loaded.decode(ids) == text
+
+
+def test_what_is_refused_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    change(path, lambda data: data["merges"].append("97 98 6162"))
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()}
+    for _ in range(2):
+        with pytest.raises(InputError):
+            load_tokenizer(tmp_path)
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()} == before

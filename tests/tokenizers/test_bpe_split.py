@@ -78,8 +78,8 @@ def check_against_tiktoken(text: str, split: str, chunks: list[bytes]) -> None:
 
 # A character among others: doubled, alone, between letters, after a space, a newline and an apostrophe; and all that
 # stands between two such characters.
-SURROUNDED = "{0}{0} {0} a{0}b\n{0}'{0}\n\n"
-BETWEEN = ["", " ", " a", "b\n", "'", "\n\n"]
+SURROUNDED = "{0}{0} {0}'{0}a{0}b\n{0}\n\n"
+BETWEEN = ["", " ", "'", "a", "b\n", "\n\n"]
 
 
 @cache
