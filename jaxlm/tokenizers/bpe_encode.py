@@ -52,6 +52,7 @@ class PairTable:
         self.lengths = np.ones(256 + len(merges), np.int32)
         fill_pairs(merges, self.table, self.lengths)
         self.merges, self.ids = merges, ids
+        whole = {chunk: token_id for chunk, token_id in whole.items() if TEXT_END not in chunk}  # others are no text
         self.whole = chunk_table(max(4, (2 * len(whole)).bit_length()))
         self.whole_arena = np.empty(sum(len(chunk) + 1 for chunk in whole) + 24, np.uint8)
         place = 0
@@ -77,9 +78,10 @@ class Workspace:
 
     def make_room(self, length: int) -> None:
         """Room for a chunk of so many bytes. What isn't written to takes no memory."""
-        if length > np.iinfo(np.int32).max:
-            raise InputError("The text has a chunk of more than 2 GiB; encode it in parts, or use a split.")
+        if 3 * length > np.iinfo(np.int32).max:  # places are numbered by int32
+            raise InputError("The text has a chunk of more than 700 MB; encode it in parts, or use a split.")
         self.symbols = np.empty(length + 1, np.int32)
+        self.symbols[-1] = -1  # what stands before the first place, see `replace_pair`
         self.places = np.empty(3 * length, np.int32)
         self.neighbours, self.results = np.empty((2, length + 2), np.int32)
 

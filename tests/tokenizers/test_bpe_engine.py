@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 import jaxlm
 from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
 from jaxlm.tokenizers.bpe_count import ChunkCounts
+from jaxlm.tokenizers.bpe_encode import Workspace
+from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS
 from jaxlm.tokenizers.bpe_kernels import VALUE
 from jaxlm.tokenizers.bpe_merge import learn
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
@@ -139,15 +142,31 @@ def test_chunks_of_any_length_have_the_ids_of_the_textbook(length: int, alphabet
 
 def test_a_full_cache_changes_nothing() -> None:
     tokenizer = BPETokenizer.train(CORPUS, 600)
-    words = " ".join(f"mot{number}{'é' * (number % 19)}e" for number in range(250_000))  # more than the cache holds
-    ids = tokenizer.encode(words)
-    assert tokenizer.decode(ids) == words
-    assert np.array_equal(tokenizer.encode(words), ids)
-    for start in range(0, len(words), 400_000):
-        part = words[start : start + 200]
-        expected = [i for chunk in bpe_reference.split(part, SPLIT_PATTERNS["gpt4"])
-                    for i in bpe_reference.encode(chunk, tokenizer.merges)]  # fmt: skip
-        assert tokenizer.encode(part).tolist() == expected
+    letters = "abcdefghijklmnop"
+    words = ["".join(word) for word in itertools.product(letters, letters, letters, letters, letters[:4])]
+    chunks = [" " + word for word in words]  # more than the cache holds
+    assert len(chunks) > _CACHED_CHUNKS
+    ids = tokenizer.encode("".join(chunks))
+    assert tokenizer.decode(ids) == "".join(chunks)
+    for part in (chunks[:500], chunks[-500:], chunks[100_000:100_500]):  # some forgotten, some not
+        expected = [i for chunk in part for i in bpe_reference.encode(chunk, tokenizer.merges)]
+        assert tokenizer.encode("".join(part)).tolist() == expected
+    assert np.array_equal(tokenizer.encode("".join(chunks)), ids)
+
+
+def test_chunks_that_begin_alike_are_told_apart() -> None:
+    """In tables so small that a chunk is met on the way to another one which it begins."""
+    for longest in range(18, 60):
+        known = range(18, longest + 1, 2)
+        tokenizer = BPETokenizer([], split="none", whole={b"a" * length: 300 + length for length in known})
+        for length in range(1, longest + 3):
+            expected = [300 + length] if length in known else [97] * length
+            assert tokenizer.encode("a" * length).tolist() == expected
+    texts = ["a" * 16 + "".join(end) for length in range(9, -1, -1) for end in itertools.product("ab", repeat=length)]
+    counts = ChunkCounts()
+    counts.add(Splitter("none", None).begin(make_buffer([text.encode() for text in texts * 3]), texts * 3))
+    assert int(counts.size[0]) == len(texts) == 1023
+    assert set(counts.table[:, VALUE].tolist()) == {0, 3}
 
 
 def test_many_threads_share_a_tokenizer() -> None:
@@ -157,6 +176,14 @@ def test_many_threads_share_a_tokenizer() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(fresh.encode, CORPUS * 20))
     assert [ids.tolist() for ids in found] == expected * 20
+
+
+def test_threads_with_long_chunks_share_no_room() -> None:
+    texts = ["".join(random.Random(seed).choices("abcdefgh", k=100_000)) for seed in range(4)]
+    tokenizer = BPETokenizer.train([texts[0][:3000]], 330, split="none")
+    expected = [ids.tolist() for ids in map(tokenizer.encode, texts)]
+    with ThreadPoolExecutor(4) as pool:
+        assert [ids.tolist() for ids in pool.map(tokenizer.encode, texts * 10)] == expected * 10
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -362,17 +389,22 @@ import jaxlm, jaxlm.tokenizers
 assert "numba" not in sys.modules
 from jaxlm.tokenizers import BPETokenizer
 tokenizer = BPETokenizer.train(["l'été, les hirondelles reviennent " * 3] * 2, 270, num_threads=2)
-text = "l'été\\n\\n12345 hirondelles " + "é" * 60
+text = "l'été\\n\\n12345 hirondelles ☃中文 \U0001d49c🙂\u3000" + "é" * 60
 ids = tokenizer.encode(text)
 assert tokenizer.decode(ids) == text
-print(tokenizer.merges, ids.tolist())
+print(tokenizer.merges, ids.tolist(), tokenizer.chunks(text))
 """
 
 
-def start(**environment: str) -> subprocess.Popen[str]:
-    settings_of_its_own = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+def start(root: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
+    settings_of_its_own = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment, "PYTHONPATH": str(root)}
     return subprocess.Popen(
-        [sys.executable, "-c", USE], env=settings_of_its_own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", USE],
+        cwd=root,
+        env=settings_of_its_own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
 
 
@@ -391,7 +423,37 @@ def test_compiled_twice_at_once_once_again_and_not_at_all(tmp_path: Path) -> Non
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    """Neither where it belongs, nor at home, nor beside the sources, where numba would look next."""
+    shutil.copytree(ROOT / "jaxlm", tmp_path / "jaxlm", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "jaxlm" / "tokenizers" / "__pycache__").touch()
     (tmp_path / "file").touch()
     nowhere = str(tmp_path / "file" / "below")
-    output, errors = start(NUMBA_CACHE_DIR=nowhere, HOME=nowhere, XDG_CACHE_HOME=nowhere).communicate(timeout=300)
+    environment = {"NUMBA_CACHE_DIR": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere}
+    output, errors = start(tmp_path, **environment, PYTHONDONTWRITEBYTECODE="1").communicate(timeout=300)
     assert output.startswith("[("), errors
+    assert errors.count("compiling the BPE engine") == 1 and len(errors.splitlines()) == 1
+
+
+# ---- whole chunks that are long, or that no text can hold
+
+
+def test_a_long_whole_chunk_leaves_nothing_behind_for_the_next_long_chunk() -> None:
+    merges = [(97, 97), (0, 256), (98, 98)]
+    tokenizer = BPETokenizer(merges, split="none", whole={b" " * 40_000: 700})
+    assert tokenizer.encode(" " * 40_000).tolist() == [700]
+    assert tokenizer.encode("a" * 52).tolist() == bpe_reference.encode("a" * 52, merges)
+    assert tokenizer.encode("\x00" + "a" * 52).tolist() == bpe_reference.encode("\x00" + "a" * 52, merges)
+
+
+def test_the_room_for_long_chunks_ends_where_no_symbol_is() -> None:
+    room = Workspace(300)
+    for length in (0, 50, 100_000):
+        room.make_room(length)
+        assert room.symbols[-1] == -1
+
+
+def test_a_whole_chunk_that_is_no_text_is_never_met() -> None:
+    whole = {b"x" * 20 + b"\xff" + bytes([byte]): 700 + byte for byte in range(200)}
+    tokenizer = BPETokenizer([], split="none", whole=whole)
+    assert tokenizer.encode("x" * 20).tolist() == [120] * 20
+    assert tokenizer.decode_bytes([700]) == b"x" * 20 + b"\xff\x00"
