@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -100,9 +101,8 @@ class Tokenizer(ABC):
           InputError: a lone surrogate, a special token that isn't allowed, or something that is no `str`.
         """
         check_text(text)
+        check_allowed_special(allowed_special)
         if isinstance(allowed_special, str):
-            if allowed_special not in ("all", "none"):
-                raise InputError(f'allowed_special is "all", "none" or a set of names, not {allowed_special!r}.')
             if allowed_special == "none":
                 return self._encode_ordinary(text)
             allowed: set[str] = set(self.special_tokens)
@@ -131,14 +131,14 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def encode_batch(
-        self, texts: Sequence[str], *, allowed_special: AllowedSpecial = (), flat: bool = False
+        self, texts: Iterable[str], *, allowed_special: AllowedSpecial = (), flat: bool = False
     ) -> list[IdArray] | tuple[IdArray, npt.NDArray[np.int64]]:
         """`encode` for each of many texts: a list of arrays.
 
         With `flat`, the ids of all texts in one array, and int64 offsets of shape (len(texts) + 1,): text i has
         `ids[offsets[i] : offsets[i + 1]]`.
         """
-        check_sequence_of_texts(texts)
+        texts = list_of_texts(texts)
         arrays = [self.encode(text, allowed_special=allowed_special) for text in texts]
         if not flat:
             return arrays
@@ -178,7 +178,10 @@ class Tokenizer(ABC):
         temporary.replace(directory / TOKENIZER_FILE)
 
     def _check_ids(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        array = np.asarray(ids if isinstance(ids, np.ndarray | Sequence) else list(ids))
+        try:
+            array = np.asarray(ids if isinstance(ids, np.ndarray | Sequence) else list(ids))
+        except (ValueError, OverflowError):
+            raise InputError("Ids are a 1-D sequence of integers.") from None
         if array.size == 0:
             return np.zeros(0, np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -235,13 +238,21 @@ def check_texts(texts: Iterable[str]) -> Iterable[str]:
         yield text
 
 
-def check_sequence_of_texts(texts: Sequence[str]) -> None:
-    """Raises InputError for a bare `str`, whose items are characters, and for anything in it that is no `str`."""
+def check_allowed_special(allowed_special: AllowedSpecial) -> None:
+    """Raises InputError for a `str` that is neither "all" nor "none"."""
+    if isinstance(allowed_special, str) and allowed_special not in ("all", "none"):
+        raise InputError(f'allowed_special is "all", "none" or a set of names, not {allowed_special!r}.')
+
+
+def list_of_texts(texts: Iterable[str]) -> list[str]:
+    """The texts of a batch. Raises InputError for a bare `str`, whose items are characters, and what is no `str`."""
     if isinstance(texts, str | bytes):
         raise InputError("A batch is a list of texts; put a single text into a list.")
+    texts = list(texts)
     if not set(map(type, texts)) <= {str}:
         for text in texts:
             check_text(text)
+    return texts
 
 
 def special_token_ids(
@@ -258,6 +269,8 @@ def special_token_ids(
     pairs = list(names.items()) if isinstance(names, Mapping) else [(n, first_id + i) for i, n in enumerate(names)]
     for name, token_id in pairs:
         check_text(name)
+        if not isinstance(token_id, Integral):
+            raise InputError(f"The special token {name!r} has the id {token_id!r}; an id is a whole number.")
         if not name:
             raise InputError("A special token is empty; give it at least one character.")
         if token_id < 0:
@@ -268,7 +281,7 @@ def special_token_ids(
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
             raise InputError(f"The special-token {what} {twice[0]!r} is given twice; each needs its own.")
-    return dict(pairs)
+    return {name: int(token_id) for name, token_id in pairs}
 
 
 def content_hash(content: Any) -> str:
@@ -289,16 +302,16 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     try:
         data = json.loads(path.read_bytes())
         version, stored_hash, kind = data.pop("version"), data.pop("hash"), data["kind"]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise InputError(f"There is no tokenizer at {path}; give the directory that `save` wrote.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None
-    if kind not in TOKENIZER_KINDS:
+    if not isinstance(kind, str) or kind not in TOKENIZER_KINDS:
         raise InputError(f"{path} is of the unknown kind {kind!r}; known are {', '.join(sorted(TOKENIZER_KINDS))}.")
     known = TOKENIZER_KINDS[kind].format_version
-    if version != known:
+    if type(version) is not int or version != known:
         advice = "train the tokenizer again" if isinstance(version, int) and version < known else "use a newer jaxlm"
-        raise InputError(f"{path} has format version {version}; this jaxlm reads version {known}, so {advice}.")
+        raise InputError(f"{path} has format version {version!r}; this jaxlm reads version {known}, so {advice}.")
     if content_hash(data) != stored_hash:
         raise InputError(f"{path} doesn't match its hash: it was changed or damaged; save the tokenizer again.")
     del data["kind"]
@@ -306,5 +319,5 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         return TOKENIZER_KINDS[kind]._from_content(data)
     except InputError as error:
         raise InputError(f"{path} can't be used. {error}") from None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None

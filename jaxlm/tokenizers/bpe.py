@@ -25,9 +25,9 @@ from jaxlm.tokenizers.base import (
     IdArray,
     InputError,
     Tokenizer,
-    check_sequence_of_texts,
-    check_text,
+    check_allowed_special,
     encode_utf8,
+    list_of_texts,
     special_token_ids,
 )
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
@@ -153,14 +153,15 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         allowed_special: AllowedSpecial = (),
         flat: bool = False,
         num_threads: int | None = None,
     ) -> list[IdArray] | tuple[IdArray, npt.NDArray[np.int64]]:
         """As for any tokenizer, on `num_threads` threads (None uses all cores), without the interpreter's lock."""
-        check_sequence_of_texts(texts)
+        check_allowed_special(allowed_special)
+        texts = list_of_texts(texts)
         if allowed_special != "none" and any(name in text for text in texts for name in self.special_tokens):
             return super().encode_batch(texts, allowed_special=allowed_special, flat=flat)
         parts = _map(self._encode_texts, _blocks(texts), num_threads or _num_cores())
@@ -437,8 +438,6 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
     def pieces() -> Iterator[str]:
         for text in texts:
-            if not isinstance(text, str):
-                check_text(text)
             yield from splitter.cut([text], _BLOCK)
 
     _map(count, _blocks(pieces()), num_threads)

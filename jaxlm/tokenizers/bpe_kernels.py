@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,13 +24,26 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 COMPILED = not config.DISABLE_JIT
 
 
-def _cache_folder() -> str:
-    """Where compiled kernels are kept. Numba looks at the file of a kernel alone; this looks at all that they call."""
+def _cache_folder() -> str | None:
+    """Where compiled kernels are kept, or None if nothing can be written where they could be.
+
+    Numba looks at the file of a kernel alone; the name of this folder says what is in all files that kernels call.
+    """
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("bpe_*.py")):
         sources.update(path.read_bytes())
-    folder = config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
-    return str(Path(folder).expanduser() / "kernels" / sources.hexdigest()[:16])
+    for parent in (
+        config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm",
+        Path(__file__).parent / "__pycache__",
+    ):
+        folder = Path(parent).expanduser() / "kernels" / sources.hexdigest()[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return str(folder)
+        except (OSError, RuntimeError):
+            continue
+    return None
 
 
 class _Notice(event.Listener):
@@ -61,11 +75,11 @@ def _compile(function: Function, **options: Any) -> Function:
         return np.errstate(over="ignore")(function)  # products are meant to wrap around
     # Without reference counts an array costs nothing to pass on; they would be most of the time of a short loop.
     options["_nrt"] = False
+    if _CACHE_FOLDER is None:  # every process compiles for itself
+        return numba.njit(**options)(function)
     before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
     try:
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder can be written, so that every process compiles for itself
-        return numba.njit(**options)(function)
     finally:
         config.CACHE_DIR = before
 

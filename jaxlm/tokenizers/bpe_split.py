@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxlm.tokenizers import bpe_reference
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, check_text
 from jaxlm.tokenizers.bpe_kernels import TEXT_END, kernel, load8
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 
@@ -91,26 +91,31 @@ class Splitter:
         Parts have about `size` characters, where the text allows it. No special token is cut into two.
         """
         held = ""
+        start = 0  # what comes before it in `held` has been given out
         margin = max(map(len, special_tokens), default=0)
         goal = size
         for piece in pieces:
+            if not isinstance(piece, str):
+                check_text(piece)
+            if start:
+                held, goal, start = held[start:], goal - start, 0
             held += piece
             while goal + margin < len(held):
-                place = self._cut_place(held, goal, special_tokens)
+                place = self._cut_place(held, start, goal, special_tokens)
                 if place:
-                    yield held[:place]
-                    held = held[place:]
-                    goal = size
+                    yield held[start:place]
+                    start = place
+                    goal = place + size
                 else:
                     goal += size
-        if held:
-            yield held
+        if start < len(held):
+            yield held[start:]
 
-    def _cut_place(self, text: str, goal: int, special_tokens: Sequence[str]) -> int:
-        """A place near `goal`, before it, where a chunk ends whatever comes before and after; 0 if none is found."""
+    def _cut_place(self, text: str, start: int, goal: int, special_tokens: Sequence[str]) -> int:
+        """A place near `goal`, after `start`, where a chunk ends whatever comes before and after; 0 for none."""
         if self._pattern is not None or self._scheme == NONE:
             return 0
-        for place in range(goal, max(0, goal - _CUT_SEARCH), -1):
+        for place in range(goal, max(start, goal - _CUT_SEARCH), -1):
             # A letter ends its chunk unless a letter follows, or in o200k a mark or an apostrophe.
             if (
                 self._classes[ord(text[place - 1])] & _LETTERS

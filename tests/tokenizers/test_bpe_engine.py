@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 import jaxlm
 from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
 from jaxlm.tokenizers.bpe_count import ChunkCounts
-from jaxlm.tokenizers.bpe_encode import Workspace
-from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS
+from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS, Workspace
 from jaxlm.tokenizers.bpe_kernels import VALUE
 from jaxlm.tokenizers.bpe_merge import learn
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
@@ -457,3 +456,29 @@ def test_a_whole_chunk_that_is_no_text_is_never_met() -> None:
     tokenizer = BPETokenizer([], split="none", whole=whole)
     assert tokenizer.encode("x" * 20).tolist() == [120] * 20
     assert tokenizer.decode_bytes([700]) == b"x" * 20 + b"\xff\x00"
+
+
+# ---- arguments of another kind
+
+
+def test_a_batch_may_be_any_iterable() -> None:
+    tokenizer = BPETokenizer([(97, 98)])
+    assert [ids.tolist() for ids in tokenizer.encode_batch(text for text in ("ab", "b"))] == [[256], [98]]
+
+
+def test_an_unknown_word_for_special_tokens_is_refused_without_any_in_the_text() -> None:
+    with pytest.raises(InputError, match="not 'bogus'"):
+        BPETokenizer([]).encode_batch(["a"], allowed_special="bogus")  # type: ignore[arg-type]
+
+
+def test_pieces_that_are_no_text_are_refused() -> None:
+    with pytest.raises(InputError, match="not bytes"):
+        list(BPETokenizer([]).encode_iter([b"a"]))  # type: ignore[list-item]
+
+
+def test_ragged_ids_and_ids_that_are_no_whole_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="1-D sequence of integers"):
+        BPETokenizer([]).decode([[1], [2, 3]])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"id 300\.5; an id is a whole number"):
+        BPETokenizer([], special_tokens={"a": 300.5})  # type: ignore[dict-item]
+    assert BPETokenizer([], special_tokens={"a": np.int64(300)}).special_tokens == {"a": 300}  # type: ignore[dict-item]

@@ -134,3 +134,35 @@ def test_what_is_refused_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             load_tokenizer(tmp_path)
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda data: data.update(whole=[]),
+        lambda data: data.update(ids=[1]),
+        lambda data: data.update(kind=[]),
+        lambda data: data.update(version=2.0),
+        lambda data: data.update(version="2"),
+        lambda data: data.update(special_tokens={"<a>": 300.5}),
+    ],
+)
+def test_content_of_another_type_is_refused(edit: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    change(path, edit)
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 5_000, "{}", "[]"])
+def test_other_json_is_refused(text: str, tmp_path: Path) -> None:
+    saved(tmp_path).write_text(text, "utf-8")
+    with pytest.raises(InputError, match="damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
