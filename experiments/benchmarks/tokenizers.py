@@ -89,10 +89,10 @@ class Process:
 
 
 def measure_training(config: Config) -> dict[tuple[str, int], float]:
-    """Seconds of training, as a table; the medians by library and vocabulary size, one thread each."""
+    """Seconds of training, as a table; the medians by library and vocabulary size, on the first number of threads."""
     medians: dict[tuple[str, int], float] = {}
     for threads in dict.fromkeys(config.threads):
-        table = Table(title=f"training, {threads} thread{'s' * (threads > 1)}: median seconds of {config.repeats}")
+        table = Table(title=f"training, {counted(threads)}: median seconds of {config.repeats}")
         for name in ("library", "vocabulary", "cold", "median", "MB/s", "ours is faster by", "same tokens", "memory"):
             table.add_column(name, justify="left" if name == "library" else "right")
         for vocab_size in config.vocab_sizes:
@@ -107,7 +107,7 @@ def measure_training(config: Config) -> dict[tuple[str, int], float]:
             ours = statistics.median(answer["seconds"] for answer in answers["jaxlm"][1:])
             for name, given in answers.items():
                 median = statistics.median(answer["seconds"] for answer in given[1:])
-                if threads == 1:
+                if threads == config.threads[0]:
                     medians[name, vocab_size] = median
                 table.add_row(
                     name,
@@ -148,14 +148,14 @@ def in_common(ours: list[str], theirs: list[str] | None) -> str:
 
 
 def measure_encoding(config: Config) -> dict[tuple[str, str], float]:
-    """Megabytes a second of encoding and decoding, as tables; those of one thread by library and shape."""
+    """Megabytes a second of encoding and decoding, as tables; by library and shape, on the first number of threads."""
     speeds: dict[tuple[str, str], float] = {}
     with tempfile.TemporaryDirectory() as folder:
         documents = open_corpus(config.corpus).documents()
         BPETokenizer.train(documents, config.encode_vocab_size, special_tokens=()).save(folder)
         for threads in dict.fromkeys(config.threads):
             table = Table(
-                title=f"encoding, vocabulary {config.encode_vocab_size:,}, {threads} thread{'s' * (threads > 1)}: "
+                title=f"encoding, vocabulary {config.encode_vocab_size:,}, {counted(threads)}: "
                 f"MB/s, median of {config.repeats}"
             )
             for name in ("library", "text", "cold", "warm", "ours is faster by", "ids", "memory"):
@@ -176,7 +176,7 @@ def measure_encoding(config: Config) -> dict[tuple[str, str], float]:
                     for name, given in answers.items()
                 }
                 for name, given in answers.items():
-                    if threads == 1:
+                    if threads == config.threads[0]:
                         speeds[name, shape] = speed[name]
                     same = given[0]["ids"] == answers["jaxlm"][0]["ids"]
                     table.add_row(
@@ -190,14 +190,18 @@ def measure_encoding(config: Config) -> dict[tuple[str, str], float]:
                         end_section=name == ENCODERS[-1],
                     )
                 decoded = statistics.median(answer["decode_seconds"] for answer in answers["jaxlm"][1:])
-                if threads == 1:
+                if threads == config.threads[0]:
                     table.caption = f"{table.caption or 'decoding, ours:'} {shape} "
                     table.caption += f"{answers['jaxlm'][0]['bytes'] / 1e6 / decoded:.0f} MB/s;"
             console.print(table)
     return speeds
 
 
-def draw(values: dict[tuple[str, Any], float], unit: str, better: str, path: Path) -> None:
+def counted(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def draw(values: dict[tuple[str, Any], float], unit: str, better: str, threads: int, path: Path) -> None:
     """Horizontal bars, one panel a text or vocabulary size, ours in colour."""
     groups = list(dict.fromkeys(group for _, group in values))
     figure, panels = plt.subplots(1, len(groups), figsize=(3.1 * len(groups), 2.6), layout="constrained", sharey=True)
@@ -211,7 +215,7 @@ def draw(values: dict[tuple[str, Any], float], unit: str, better: str, path: Pat
         panel.set_xlim(0, 1.25 * max(lengths))
         panel.set_xticks([])
         panel.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.supxlabel(f"{unit}, one thread ({better})", fontsize="medium")
+    figure.supxlabel(f"{unit}, {counted(threads)} ({better})", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=150)
@@ -225,9 +229,11 @@ def main(config: Config) -> None:
     elif config.task == "stream":
         measure_stream(config.corpus, config.stream_gb)
     elif config.task == "training":
-        draw(measure_training(config), "seconds of training", "less is better", Path(config.figure or "training.png"))
+        seconds = measure_training(config)
+        draw(seconds, "seconds of training", "less is better", config.threads[0], Path(config.figure or "training.png"))
     else:
-        draw(measure_encoding(config), "MB/s of encoding", "more is better", Path(config.figure or "encoding.png"))
+        speeds = measure_encoding(config)
+        draw(speeds, "MB/s of encoding", "more is better", config.threads[0], Path(config.figure or "encoding.png"))
 
 
 if __name__ == "__main__":
