@@ -1,37 +1,58 @@
 """The decoder: a configuration, `init` and `forward`. Pure functions over a pytree of parameters.
 
-Shapes: B batch, T time, D model width, H heads, K head width (D = H K), F feed-forward width, V vocabulary.
+Shapes: B batch, T time, N = B T, D model width, H heads, G key and value heads, K head width (D = H K), F feed-forward
+width, V vocabulary. But for attention, the sequences of a batch are one list of N positions: products of two matrices
+are what every backend does best.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.attention import causal_attention, dropout
+from jaxlm.attention import causal_attention
+from jaxlm.dropout import dropout
 from jaxlm.tokenizers.base import InputError
 
 Params = Any
 
+_CHOICES = {"norm": ("layer", "rms"), "positions": ("learned", "rope"), "activation": ("relu", "relu2", "swiglu")}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-LayerNorm decoder with learned positions (Radford et al. 2019). The defaults are the seed model."""
+    """A decoder with norms before its parts. The defaults are the seed model (Radford et al. 2019)."""
 
     vocab_size: int
     context: int = 256  # tokens that a position may look at, itself included
     width: int = 128
     num_layers: int = 2
     num_heads: int = 4
+    num_kv_heads: int | None = None  # heads of keys and values, each for several of queries; None: as many
     feed_forward_width: int = 512
     dropout: float = 0.2  # on attention weights, attention output and MLP output
+    norm: Literal["layer", "rms"] = "layer"
+    positions: Literal["learned", "rope"] = "learned"  # added to the input, or turning queries and keys
+    rope_base: float = 1_000.0
+    qk_norm: bool = False  # queries and keys scaled to a mean square of 1, scores doubled
+    activation: Literal["relu", "relu2", "swiglu"] = "relu"  # relu2 is the square of relu
+    biases: bool = True  # of linear layers, those of queries, keys and values excepted
+    zero_outputs: bool = False  # output projections and head begin at zero, other kernels at N(0, 1 / fan-in)
+    window: int | None = None  # tokens that attention may look at, itself included; None is the context
+    tied_head: bool = False  # the embedding, transposed, as head
+    logit_cap: float | None = None  # a logit x becomes cap tanh(x / cap)
+    input_tokens: int = 1  # a position's input is the sum of embeddings of so many last tokens, each from its own table
+    taps: int = 1  # attention and MLP see, in each channel, a learned weighted sum over so many last positions
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "width", "num_layers", "num_heads", "feed_forward_width"):
+        for name in (
+            "vocab_size", "context", "width", "num_layers", "num_heads", "feed_forward_width", "input_tokens", "taps",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"The model's {name} is at least 1, not {getattr(self, name)}.")
         if self.context < 2:
@@ -40,12 +61,31 @@ class ModelConfig:
             raise InputError(
                 f"The model's width {self.width} doesn't divide into {self.num_heads} heads; make it a multiple."
             )
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise InputError(
+                f"{self.num_heads} heads don't divide among {self.num_kv_heads} of keys and values; make num_kv_heads "
+                "a divisor of num_heads."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"The model's dropout is a share from 0 to below 1, not {self.dropout}.")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"The model's {name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
+        if self.positions == "rope" and self.width // self.num_heads % 2:
+            raise InputError(
+                f"RoPE turns pairs of numbers, and heads of width {self.width // self.num_heads} are odd; change width "
+                "or num_heads."
+            )
+        if self.window is not None and not 1 <= self.window <= self.context:
+            raise InputError(f"The model's window is from 1 to its context of {self.context}, not {self.window}.")
+        for name in ("rope_base", "logit_cap"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"The model's {name} is a positive number, not {value}.")
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters: weights from N(0, 0.02), biases zero, gains one."""
+    """Fresh float32 parameters: weights from N(0, 0.02), or as `zero_outputs` says; biases zero, gains one."""
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
@@ -54,10 +94,14 @@ def forward(
 ) -> jax.Array:
     """Logits of the next token at each position: int (B, T) -> float32 (B, T, V), for T up to `config.context`.
 
-    Dropout is on if there is a key. Logits at position t depend on tokens up to t alone.
+    Dropout is on if there is a key: a single one, or one for each sequence, whose masks then don't depend on the batch
+    that it is in. Logits at position t depend on tokens up to t alone.
     """
-    logits_BTV: jax.Array = Decoder(config).apply({"params": params}, tokens_BT, dropout_key)  # type: ignore[assignment]
-    return logits_BTV
+    keys_B = dropout_key
+    if dropout_key is not None and dropout_key.ndim == 0:
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(len(tokens_BT)))
+    logits_NV: jax.Array = Decoder(config).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
+    return logits_NV.reshape(*tokens_BT.shape, config.vocab_size)
 
 
 def count_parameters(params: Params) -> int:
@@ -65,58 +109,142 @@ def count_parameters(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def flops_per_token(params: Params, config: ModelConfig) -> int:
+    """Floating-point operations of a training step per token: 6 for each number of a matrix, and causal attention.
+
+    A matrix takes 2 operations per number forward and 4 backward. Attention takes 4 D forward and 8 D backward for each
+    position that a token sees, which are half of the context on average, fewer with a window. (Kaplan et al. 2020.)
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    matrices = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    matrices += config.vocab_size * config.width if config.tied_head else 0
+    window = config.window or config.context
+    seen = window * (2 * config.context - window + 1) / 2 / config.context
+    return round(6 * matrices + 12 * config.num_layers * config.width * seen)
+
+
 class Decoder(nn.Module):
-    """Embedding and positions, `num_layers` blocks, a final LayerNorm, an untied head."""
+    """Embeddings, `num_layers` blocks, a final norm, a head."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         config = self.config
-        time = tokens_BT.shape[1]
+        batch, time = tokens_BT.shape
         if time > config.context:
             raise ValueError(f"{time} tokens don't fit into a context of {config.context}.")
-        positions_TD = self.param("positions", _normal, (config.context, config.width))
-        x_BTD = nn.Embed(config.vocab_size, config.width, embedding_init=_normal, name="embedding")(tokens_BT)
-        x_BTD = x_BTD + positions_TD[:time]
+        normal = nn.initializers.normal(0.2 if config.zero_outputs else 0.02)
+        tables = [
+            nn.Embed(
+                config.vocab_size,
+                config.width,
+                embedding_init=normal,
+                name=f"embedding_{back}" if back else "embedding",
+            )
+            for back in range(config.input_tokens)
+        ]
+        x_BTD = tables[0](tokens_BT)
+        for back, table in enumerate(tables[1:], start=1):
+            x_BTD = x_BTD + _shift(table(tokens_BT), back)
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.param("positions", normal, (config.context, config.width))[:time]
+        x_ND = x_BTD.reshape(batch * time, config.width)
+        if config.norm == "rms":
+            x_ND = _rms(x_ND)
         for layer in range(config.num_layers):
-            x_BTD = Block(config, name=f"block_{layer}")(x_BTD, _fold_in(dropout_key, layer))
-        return _dense(config.vocab_size, name="head")(_layer_norm("final_norm")(x_BTD))
+            x_ND = Block(config, batch, name=f"block_{layer}")(x_ND, _fold_in(keys_B, layer))
+        x_ND = _norm(config, "final_norm")(x_ND)
+        head = tables[0].attend if config.tied_head else _linear(config, config.vocab_size, "head", is_output=True)
+        logits_NV = head(x_ND)
+        return logits_NV if config.logit_cap is None else config.logit_cap * jnp.tanh(logits_NV / config.logit_cap)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: ModelConfig
+    batch: int
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        config, rate = self.config, self.config.dropout
-        keys = [_fold_in(dropout_key, place) for place in range(3)]
-        h_BTD = _layer_norm("attention_norm")(x_BTD)
-        q_BTHK, k_BTHK, v_BTHK = (
-            _dense(config.width, name, use_bias=False)(h_BTD).reshape(*h_BTD.shape[:2], config.num_heads, -1)
-            for name in ("query", "key", "value")
+    def __call__(self, x_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        config = self.config
+        keys = [_fold_in(keys_B, place) for place in range(3)]
+        h_ND = self.mix("attention_taps", _norm(config, "attention_norm")(x_ND))
+        h_ND = _linear(config, config.width, "attention_output", is_output=True)(self.attend(h_ND, keys[0]))
+        x_ND = x_ND + self.drop(h_ND, keys[1])
+        h_ND = self.mix("mlp_taps", _norm(config, "mlp_norm")(x_ND))
+        h_NF = _linear(config, config.feed_forward_width, "mlp_up")(h_ND)
+        if config.activation == "swiglu":
+            h_NF = h_NF * nn.silu(_linear(config, config.feed_forward_width, "mlp_gate")(h_ND))
+        else:
+            h_NF = nn.relu(h_NF) if config.activation == "relu" else jnp.square(nn.relu(h_NF))
+        return x_ND + self.drop(_linear(config, config.width, "mlp_down", is_output=True)(h_NF), keys[2])
+
+    def attend(self, h_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        config = self.config
+        num_kv_heads, head_width = config.num_kv_heads or config.num_heads, config.width // config.num_heads
+        q_BTHK, k_BTGK, v_BTGK = (
+            _linear(config, heads * head_width, name, biases=False)(h_ND).reshape(self.batch, -1, heads, head_width)
+            for name, heads in (("query", config.num_heads), ("key", num_kv_heads), ("value", num_kv_heads))
         )
-        attended_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout_rate=rate, dropout_key=keys[0])
-        x_BTD = x_BTD + dropout(
-            _dense(config.width, "attention_output")(attended_BTHK.reshape(x_BTD.shape)), rate, keys[1]
+        if config.qk_norm:
+            q_BTHK, k_BTGK = 2.0 * _rms(q_BTHK), _rms(k_BTGK)
+        if config.positions == "rope":
+            q_BTHK, k_BTGK = _rotate(q_BTHK, config.rope_base), _rotate(k_BTGK, config.rope_base)
+        out_BTHK = causal_attention(
+            q_BTHK, k_BTGK, v_BTGK, window=config.window, dropout_rate=config.dropout, dropout_keys_B=keys_B
         )
-        h_BTF = nn.relu(_dense(config.feed_forward_width, "mlp_up")(_layer_norm("mlp_norm")(x_BTD)))
-        return x_BTD + dropout(_dense(config.width, "mlp_down")(h_BTF), rate, keys[2])
+        return out_BTHK.reshape(h_ND.shape)
+
+    def mix(self, name: str, h_ND: jax.Array) -> jax.Array:
+        """A causal convolution, channel by channel, which begins as the identity."""
+        taps = self.config.taps
+        if taps == 1:
+            return h_ND
+        weights_CD = self.param(name, lambda _, shape: jnp.zeros(shape).at[0].set(1.0), (taps, self.config.width))
+        h_BTD = h_ND.reshape(self.batch, -1, self.config.width)
+        mixed_BTD = h_BTD * weights_CD[0]
+        for back in range(1, taps):
+            mixed_BTD = mixed_BTD + _shift(h_BTD, back) * weights_CD[back]
+        return mixed_BTD.reshape(h_ND.shape)
+
+    def drop(self, x_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        return dropout(x_ND.reshape(self.batch, -1, self.config.width), self.config.dropout, keys_B).reshape(x_ND.shape)
 
 
-_normal = nn.initializers.normal(0.02)
+def _linear(config: ModelConfig, features: int, name: str, *, biases: bool = True, is_output: bool = False) -> nn.Dense:
+    kernel_init = nn.initializers.normal(0.02)
+    if config.zero_outputs:
+        kernel_init = nn.initializers.zeros if is_output else nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    return nn.Dense(features, use_bias=biases and config.biases, kernel_init=kernel_init, name=name)
 
 
-def _dense(features: int, name: str, use_bias: bool = True) -> nn.Dense:
-    return nn.Dense(features, use_bias=use_bias, kernel_init=_normal, name=name)
-
-
-def _layer_norm(name: str) -> nn.LayerNorm:
+def _norm(config: ModelConfig, name: str) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(epsilon=1e-6, use_fast_variance=False, name=name)
     # E[(x - E x)^2], which doesn't cancel, and the epsilon of the recipe that the seed model is measured against.
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
 
 
-def _fold_in(key: jax.Array | None, data: int) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, data)
+def _rms(x: jax.Array) -> jax.Array:
+    """Scaled to a mean square of 1 along the last axis (Zhang and Sennrich 2019)."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def _rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
+    """RoPE (Su et al. 2021): numbers i and i + K / 2 turn by t / base^(2 i / K), so scores see distances alone."""
+    time, half = x_BTHK.shape[1], x_BTHK.shape[3] // 2
+    angles_T1K = jnp.arange(time)[:, None, None] * base ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angles_T1K), jnp.sin(angles_T1K)
+    a, b = jnp.split(x_BTHK, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def _shift(x_BTD: jax.Array, back: int) -> jax.Array:
+    """Each position gets what stood `back` positions before it, the first ones zero."""
+    return jnp.pad(x_BTD, ((0, 0), (back, 0), (0, 0)))[:, : x_BTD.shape[1]]
+
+
+def _fold_in(keys_B: jax.Array | None, data: int) -> jax.Array | None:
+    return None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys_B)

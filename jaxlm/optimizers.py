@@ -14,26 +14,35 @@ from jaxlm.tokenizers.base import InputError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019). The defaults are the seed recipe."""
+    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan 2024) with it. The defaults are the seed recipe."""
 
-    learning_rate: float = 3e-4  # the highest of the schedule
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to a tenth at the last step
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for all else
+    learning_rate: float = 3e-4  # of AdamW, the highest of the schedule
+    muon_learning_rate: float = 0.02  # of Muon, whose updates have an RMS of 0.2 times it (Liu et al. 2025)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = (
+        "constant"  # after the warm-up; see learning_rate_schedule
+    )
     warmup_steps: int | None = 0  # steps in which the learning rate rises linearly; None is a tenth of the run
+    decay_share: float = 0.2  # wsd: the last share of the run, in which the learning rate falls to zero
     beta1: float = 0.9
     beta2: float = 0.999
+    momentum: float = 0.95  # of Muon
     weight_decay: float = 0.01  # times the learning rate, as in AdamW
     decay: Literal["all", "matrices"] = "all"  # what the weight decay acts on
     clip_norm: float | None = None  # gradients of a larger global norm are scaled down to it
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"The learning rate is a positive number, not {self.learning_rate}.")
-        for name, known in (("schedule", ("constant", "cosine")), ("decay", ("all", "matrices"))):
+        for name in ("learning_rate", "muon_learning_rate"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"The {name.replace('_', ' ')} is a positive number, not {getattr(self, name)}.")
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise InputError(f"The optimizer's {name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise InputError(f"The number of warm-up steps is at least 0, not {self.warmup_steps}.")
-        for name in ("beta1", "beta2"):
+        if not 0.0 < self.decay_share <= 1.0:
+            raise InputError(f"The decay share is above 0 and at most 1, not {self.decay_share}.")
+        for name in ("beta1", "beta2", "momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"The optimizer's {name} is from 0 to below 1, not {getattr(self, name)}.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
@@ -42,34 +51,73 @@ class OptimizerConfig:
             raise InputError(f"The clipping norm is a positive number, not {self.clip_norm}.")
 
 
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the number of completed steps."""
+_CHOICES = {
+    "name": ("adamw", "muon"),
+    "schedule": ("constant", "cosine", "linear", "wsd"),
+    "decay": ("all", "matrices"),
+}
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int, *, peak: float | None = None) -> optax.Schedule:
+    """The learning rate as a function of the number of completed steps: a linear warm-up, then the schedule.
+
+    constant: no change. cosine: to a tenth at the last step. linear: to zero. wsd: constant, then linearly to zero in
+    the last `decay_share` of the run (Hu et al. 2024).
+
+    Args:
+      peak: its highest value; None is `config.learning_rate`.
+    """
+    peak = config.learning_rate if peak is None else peak
     warmup_steps = num_steps // 10 if config.warmup_steps is None else config.warmup_steps
     if warmup_steps >= num_steps and warmup_steps:
         raise InputError(f"A warm-up of {warmup_steps} steps is no shorter than the run of {num_steps}.")
+    rest = num_steps - warmup_steps
     if config.schedule == "constant":
-        main = optax.constant_schedule(config.learning_rate)
+        main = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest, alpha=0.1)
     else:
-        main = optax.cosine_decay_schedule(config.learning_rate, num_steps - warmup_steps, alpha=0.1)
+        falling = rest if config.schedule == "linear" else min(rest, max(1, round(config.decay_share * num_steps)))
+        main = optax.linear_schedule(peak, 0.0, falling, transition_begin=rest - falling)
     if not warmup_steps:
         return main
-    first = config.learning_rate / warmup_steps
-    warmup = optax.linear_schedule(first, config.learning_rate, max(1, warmup_steps - 1))
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(1, warmup_steps - 1))
     return optax.join_schedules([warmup, main], [warmup_steps])
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, if any, then AdamW."""
-    adamw = optax.adamw(
+    """Clipping, if any, then AdamW, or Muon for the matrices inside blocks and AdamW for all else."""
+    optimizer = optax.adamw(
         learning_rate_schedule(config, num_steps),
         b1=config.beta1,
         b2=config.beta2,
         weight_decay=config.weight_decay,
         mask=decay_mask if config.decay == "matrices" else None,
     )
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.name == "muon":
+        muon = optax.contrib.muon(
+            learning_rate_schedule(config, num_steps, peak=config.muon_learning_rate),
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            consistent_rms=0.2,
+            # The last two axes are the matrix; one before them numbers layers that are stacked.
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(
+                lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params
+            ),
+        )
+        optimizer = optax.partition({True: muon, False: optimizer}, block_matrices)
+    return (
+        optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    )
 
 
 def decay_mask(params: Any) -> Any:
     """True for kernels; False for embeddings, positions, biases and gains, which zero is no rest for."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def block_matrices(params: Any) -> Any:
+    """True for the kernels inside blocks; False for embeddings, head, biases and gains."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "kernel" and path[0].key.startswith("block"), params
+    )

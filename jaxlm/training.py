@@ -21,7 +21,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from rich.progress import Progress
 
 from jaxlm.checkpoints import Checkpoints, abstract
@@ -30,7 +30,7 @@ from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.evaluation import Evaluation, evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
-from jaxlm.parallel import batch_sharding, data_mesh, replicated
+from jaxlm.parallel import batch_sharding, data_mesh, mean_gradients, replicated
 from jaxlm.runs import Run, console, environment, read_config, read_metrics, training_progress
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
@@ -102,9 +102,9 @@ def init_state(model: ModelConfig, config: TrainConfig) -> TrainState:
 
 
 def make_train_step(
-    model: ModelConfig, config: TrainConfig
+    model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
-    """The pure function (state, int batch of shape (B, T + 1)) -> (state, metrics).
+    """The pure function (state, int batch of shape (B, T + 1)) -> (state, metrics), the batch divided along a mesh.
 
     Metrics: `train/loss` in nats per target, `grad_norm` and `learning_rate` of the update; `weight_norm` after it.
     """
@@ -113,8 +113,10 @@ def make_train_step(
     dropout_key = _key(config.seed, "dropout")
 
     def train_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(dropout_key, state.step) if model.dropout else None
-        loss, grads = jax.value_and_grad(loss_function)(state.params, batch, model, key)
+        keys_B = None
+        if model.dropout:
+            keys_B = jax.random.split(jax.random.fold_in(dropout_key, state.step), len(batch))
+        loss, grads = mean_gradients(partial(loss_function, model), state.params, batch, keys_B, mesh)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -128,7 +130,7 @@ def make_train_step(
     return train_step
 
 
-def loss_function(params: Params, batch: jax.Array, model: ModelConfig, dropout_key: jax.Array | None) -> jax.Array:
+def loss_function(model: ModelConfig, params: Params, batch: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
     """Mean nats per target token, end-of-text included, of a batch of shape (B, T + 1)."""
     logits_BTV = forward(params, batch[:, :-1], model, dropout_key=dropout_key)
     return token_nats(logits_BTV, batch[:, 1:]).mean()
@@ -165,7 +167,7 @@ def train(
     batches = make_batches(data.train, context=model.context, batch_size=config.batch_size, seed=config.seed)
     run.start(tokenizer, environment([str(device) for device in jax.devices()]))
     checkpoints = Checkpoints(run.path / "checkpoints", keep=config.keep_checkpoints)
-    train_step = jax.jit(make_train_step(model, config), donate_argnums=0)
+    train_step = jax.jit(make_train_step(model, config, mesh), donate_argnums=0)
     loop = _Loop(run, tokenizer, data, model, config, checkpoints)
     try:
         if checkpoints.latest_step is None:

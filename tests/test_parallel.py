@@ -39,7 +39,7 @@ one = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.de
 parameters = []
 for mesh in (one, data_mesh(8)):
     state = jax.device_put(start, replicated(mesh))
-    step = jax.jit(make_train_step(model, config))
+    step = jax.jit(make_train_step(model, config, mesh))
     metrics = []
     for batch in batches:
         divided = jax.device_put(batch, batch_sharding(mesh))

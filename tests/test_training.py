@@ -265,7 +265,7 @@ def test_loss_is_the_mean_over_targets_end_of_text_included() -> None:
     logits = np.asarray(forward(params, batch[:, :-1], TINY), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.mean([log_p[b, t, batch[b, t + 1]] for b in range(3) for t in range(8)])
-    assert float(loss_function(params, batch, TINY, None)) == pytest.approx(expected, rel=1e-5)
+    assert float(loss_function(TINY, params, batch, None)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed(data: tuple) -> None:

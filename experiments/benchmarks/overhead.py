@@ -22,6 +22,7 @@ from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus, train_documents
 from jaxlm.model import ModelConfig
+from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
 from jaxlm.runs import Run, console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.training import TrainConfig, init_state, make_train_step, run_identity, train
@@ -40,6 +41,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    use_cores(config.training.batch_size)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     tokenizer = CharTokenizer.train(train_documents(corpus, survey), config.model.vocab_size)
@@ -53,9 +55,10 @@ def main(config: Config) -> None:
         eval_documents=1,
     )
     batches = make_batches(data.train, context=config.model.context, batch_size=training.batch_size, seed=0)
-    step = jax.jit(make_train_step(config.model, training), donate_argnums=0)
-    state = init_state(config.model, training)
-    batch = jax.device_put(batches[0])
+    mesh = data_mesh(training.batch_size)
+    step = jax.jit(make_train_step(config.model, training, mesh), donate_argnums=0)
+    state = jax.device_put(init_state(config.model, training), replicated(mesh))
+    batch = jax.device_put(batches[0], batch_sharding(mesh))
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
 

@@ -26,7 +26,7 @@ from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import held_out_documents, survey_corpus, train_documents
 from jaxlm.evaluation import evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, forward
-from jaxlm.parallel import batch_sharding, data_mesh, replicated
+from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.training import TrainConfig, init_state, make_train_step
@@ -45,7 +45,8 @@ class Config:
 
 def main(config: Config) -> None:
     model, training = config.model, config.training
-    jaxlm.model.causal_attention = lambda q, k, v, **dropout: causal_attention(q, k, v)
+    use_cores(training.batch_size)
+    jaxlm.model.causal_attention = lambda q, k, v, **options: causal_attention(q, k, v)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     tokenizer = CharTokenizer.train(train_documents(corpus, survey), model.vocab_size)
@@ -55,7 +56,7 @@ def main(config: Config) -> None:
 
     mesh = data_mesh(training.batch_size)
     state = jax.device_put(init_state(model, training), replicated(mesh))
-    step = jax.jit(make_train_step(model, training), donate_argnums=0)
+    step = jax.jit(make_train_step(model, training, mesh), donate_argnums=0)
     batches = make_batches(data.train, context=model.context, batch_size=training.batch_size, seed=training.seed)
     console.print(f"{'step':>6}  {'windows without overlap':>24}  {'each document alone':>20}   bits per byte")
     for index in range(training.steps):
