@@ -17,7 +17,8 @@ from experiments.language_model import QUICK_OPTIMIZER, Sampling, sample_run, tr
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus, train_documents
 from jaxlm.model import ModelConfig
-from jaxlm.runs import Run
+from jaxlm.parallel import use_cores
+from jaxlm.runs import Run, recorded_devices
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.training import TrainConfig, run_identity
 
@@ -54,6 +55,7 @@ def main(config: Config) -> None:
     if config.sampling.sample is not None:
         sample_run(config.workdir, config.sampling, config.training.seed)
         return
+    use_cores(config.training.batch_size, recorded_devices(config.workdir))
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     settings = {"kind": "char", "vocab_size": config.model.vocab_size}

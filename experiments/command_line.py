@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import jax
 import tyro
 from rich.console import Console
 
+from jaxlm.data.cache import cache_directory
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import RunFailed, RunInterrupted
 
@@ -28,6 +30,9 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def program(module: str, presets: Mapping[str, Config], main: Callable[[Config], None]) -> NoReturn:
     """Parses the flags of `python -m module`, runs `main` and exits with the status that says how it went."""
     arguments = sys.argv[1:]
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start finds its programs compiled
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     command = shlex.join(["python", "-m", module, *arguments])
     try:
         main(parse(arguments, presets, f"python -m {module}"))

@@ -20,7 +20,7 @@ from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenizedCorpus, survey_corpus, train_documents
 from jaxlm.model import ModelConfig
-from jaxlm.parallel import data_mesh
+from jaxlm.parallel import data_mesh, use_cores
 from jaxlm.reports.figures import comparison_figure
 from jaxlm.reports.tables import comparison_table
 from jaxlm.runs import Run, check_writable, console, read_metrics, stored_tokenizer
@@ -60,6 +60,7 @@ PRESETS = {
 
 def main(config: Config) -> None:
     check_writable(Path(config.workdir))
+    use_cores(4)  # what every arm's batch is a multiple of
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     size = config.model.vocab_size

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from jaxlm.data.shards import TokenStream
 from jaxlm.model import ModelConfig, Params, forward
+from jaxlm.parallel import sharding_beside
 from jaxlm.tokenizers.base import InputError
 
 _BATCH = 32
@@ -45,9 +46,12 @@ def evaluate(
     params: Params, config: ModelConfig, stream: TokenStream, end_of_text_id: int, *, num_documents: int | None = None
 ) -> Evaluation:
     """Scores the first `num_documents` documents of `stream` (None: all), each alone, after one end-of-text token."""
-    nats = score_documents(
-        partial(_score_window, params, config), stream, end_of_text_id, config.context, num_documents=num_documents
-    )
+    divided = sharding_beside(params, _BATCH)
+
+    def score_windows(*windows: jax.Array) -> jax.Array:
+        return _score_window(params, config, *jax.device_put(windows, divided))
+
+    nats = score_documents(score_windows, stream, end_of_text_id, config.context, num_documents=num_documents)
     num_bytes = stream.document_bytes[: len(nats)]
     num_tokens = int(stream.ends[len(nats) - 1]) - len(nats)
     return summarise(nats, num_bytes, num_tokens)

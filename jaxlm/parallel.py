@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,42 @@ def use_cores(batch_size: int, num_devices: int | None = None) -> None:
         return
 
 
+# Dense bfloat16 without sparsity, FLOP/s of one device, from its maker's data sheet.
+_DATASHEETS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+def peak_flops() -> tuple[float, str] | None:
+    """What all devices together could do, FLOP/s, and where the figure is from; None for an unknown device.
+
+    On CPUs it is measured, by a float32 product of two 2,048-square matrices on all cores.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        square = jnp.ones((2048, 2048))
+        product = jax.jit(jnp.dot)
+        product(square, square).block_until_ready()
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            product(square, square).block_until_ready()
+            seconds.append(time.perf_counter() - started)
+        return 2 * 2048**3 / min(seconds), "a measured float32 matrix product"
+    for name, flops in sorted(_DATASHEETS.items(), key=lambda entry: -len(entry[0])):
+        if device.device_kind.startswith(name):
+            return flops * jax.device_count(), f"dense bfloat16 of {name}, data sheet"
+    return None
+
+
 def data_mesh(batch_size: int) -> Mesh:
     """A one-dimensional mesh over all devices. Raises InputError if they don't divide the batch."""
     devices = jax.device_count()
@@ -51,6 +88,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def sharding_beside(params: Any, batch_size: int) -> NamedSharding | None:
+    """How a batch is divided among the devices that all hold `params`; None for a single device, or if it can't be."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding) or batch_size % sharding.mesh.size:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(_DATA))
 
 
 def mean_gradients(

@@ -171,6 +171,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def recorded_devices(path: str | os.PathLike[str]) -> int | None:
+    """How many CPU devices the run in a directory was begun on; None if there is no run, or on another backend."""
+    if not os.path.exists(Path(path) / CONFIG_FILE):
+        return None
+    devices = read_config(path).get("environment", {}).get("devices", [])
+    return len(devices) if devices and all("cpu" in device.lower() for device in devices) else None
+
+
 def environment(devices: list[str]) -> dict[str, Any]:
     """What equal bits depend on besides the identity: devices, cores and library versions."""
     return {

@@ -28,9 +28,9 @@ from jaxlm.checkpoints import Checkpoints, abstract
 from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.evaluation import Evaluation, evaluate, token_nats
-from jaxlm.model import ModelConfig, Params, count_parameters, forward, init
+from jaxlm.model import ModelConfig, Params, count_parameters, flops_per_token, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
-from jaxlm.parallel import batch_sharding, data_mesh, mean_gradients, replicated
+from jaxlm.parallel import batch_sharding, data_mesh, mean_gradients, peak_flops, replicated
 from jaxlm.runs import Run, console, environment, read_config, read_metrics, training_progress
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
@@ -189,7 +189,7 @@ def train(
         compiled = train_step.lower(state, jax.device_put(batches[loop.step], divided)).compile()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         with _Signals() as signals, training_progress() as progress:
-            loop.begin(progress)
+            loop.begin(progress, state.params)
             for batch in batches[loop.step : config.steps].to_iter_dataset(options):
                 state, metrics = compiled(state, jax.device_put(batch, divided))
                 stop = signals.received
@@ -220,6 +220,7 @@ class _Loop:
         self.run, self.tokenizer, self.data, self.model, self.config = run, tokenizer, data, model, config
         self.checkpoints = checkpoints
         self.tokens_per_step = config.batch_size * model.context
+        self.utilization = math.nan  # FLOPs per token over the peak, so that tokens per second make it MFU
         self.step = 0
         self.clock = _Clock(0.0)
         self.pending: tuple[int, Metrics] | None = None
@@ -236,8 +237,12 @@ class _Loop:
         if self.step:
             console.print(f"Continuing {self.run.path} after step {self.step:,}.", markup=False)
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: Progress, params: Params) -> None:
         self.progress = progress
+        peak, flops = peak_flops(), flops_per_token(params, self.model)
+        if peak is not None:
+            self.utilization = flops / peak[0]
+            console.print(f"{flops / 1e6:,.1f} MFLOP a token; peak {peak[0] / 1e9:,.0f} GFLOP/s ({peak[1]})")
         self.task = progress.add_task("training", total=self.config.steps, completed=self.step)
         self.last_log = (self.step, self.clock.seconds)
         self.clock.start()
@@ -288,7 +293,8 @@ class _Loop:
             steps, seconds = step - self.last_log[0], self.clock.seconds - self.last_log[1]
             self.tokens_per_second = steps * self.tokens_per_step / seconds
             self.last_log = (step, self.clock.seconds)
-            self._log(step, **values, tokens_per_second=self.tokens_per_second)
+            speed = {"tokens_per_second": self.tokens_per_second, "mfu": self.tokens_per_second * self.utilization}
+            self._log(step, **values, **speed)
 
     def _fail(self, step: int, figures: str) -> NoReturn:
         saved = self.checkpoints.latest_step
