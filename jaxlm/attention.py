@@ -77,7 +77,7 @@ def attention_reference(
     """The formula as it is written down, all scores at once."""
     time, groups = q_BTHK.shape[1], q_BTHK.shape[2] // k_BTGK.shape[2]
     k_BTHK, v_BTHK = (jnp.repeat(x, groups, axis=2) for x in (k_BTGK, v_BTGK))
-    scores_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK).astype(jnp.float32)
+    scores_BHTS = scale * _product("bthk,bshk->bhts", q_BTHK, k_BTHK)
     t, s = jnp.arange(time)[:, None], jnp.arange(time)[None, :]
     seen = _seen(t, s, window)
     if documents_BT is not None:
@@ -213,13 +213,13 @@ def _attend_rows_forward(
             seen = _seen(t, s, blocks.window)
             if documents_RT is not None:
                 seen = seen & (documents_RQ[:, :, None] == documents_RT[:, None, keys])
-            scores_RQS = jnp.where(seen, jnp.einsum("rqk,rks->rqs", q_RQK, k_RKT[:, :, keys]), _NEVER)
+            scores_RQS = jnp.where(seen, _product("rqk,rks->rqs", q_RQK, k_RKT[:, :, keys]), _NEVER)
             highest_RQ1 = scores_RQS.max(axis=-1, keepdims=True)
             weights_RQS = jnp.exp(scores_RQS - highest_RQ1)
             sums_RQ1 = weights_RQS.sum(axis=-1, keepdims=True)
             weights_RQS = _drop(weights_RQS, blocks.dropout_rate, seeds_R, t, s)
-            out_RQK = jnp.einsum("rqs,rsk->rqk", weights_RQS, v_RTK[:, keys]) / sums_RQ1
-            return None, (out_RQK, (highest_RQ1 + jnp.log(sums_RQ1))[..., 0])
+            out_RQK = _product("rqs,rsk->rqk", weights_RQS.astype(v_RTK.dtype), v_RTK[:, keys]) / sums_RQ1
+            return None, (out_RQK.astype(v_RTK.dtype), (highest_RQ1 + jnp.log(sums_RQ1))[..., 0])
 
         _, (out_RQK, log_sums_RQ) = blocks.scan(block, None, queries, q_RTK, documents_RT)
         outs.append(out_RQK)
@@ -231,8 +231,8 @@ def _attend_rows_forward(
 def _attend_rows_backward(blocks: _Blocks, saved: tuple[Any, ...], d_out_RTK: jax.Array) -> tuple[Any, ...]:
     q_RTK, k_RTK, v_RTK, documents_RT, seeds_R, out_RTK, log_sums_RT = saved
     k_RKT = k_RTK.swapaxes(1, 2)
-    dots_RT = (out_RTK * d_out_RTK).sum(axis=-1)  # of each query's weights with their gradients
-    dq, dk_RTK, dv_RTK = [], jnp.zeros_like(k_RTK), jnp.zeros_like(v_RTK)
+    dots_RT = _product("rtk,rtk->rt", out_RTK, d_out_RTK)  # of each query's weights with their gradients
+    dq, dk_RTK, dv_RTK = [], jnp.zeros(k_RTK.shape, jnp.float32), jnp.zeros(v_RTK.shape, jnp.float32)
     for queries, keys in blocks.segments(q_RTK.shape[1]):
 
         def block(
@@ -243,15 +243,15 @@ def _attend_rows_backward(blocks: _Blocks, saved: tuple[Any, ...], d_out_RTK: ja
             seen = _seen(t, s, blocks.window)
             if documents_RT is not None:
                 seen = seen & (documents_RQ[:, None, :] == documents_RT[:, keys, None])
-            scores_RSQ = jnp.einsum("rsk,rkq->rsq", k_RTK[:, keys], q_RQK.swapaxes(1, 2))
+            scores_RSQ = _product("rsk,rkq->rsq", k_RTK[:, keys], q_RQK.swapaxes(1, 2))
             weights_RSQ = jnp.where(seen, jnp.exp(scores_RSQ - log_sums_RQ[:, None, :]), 0.0)
             dropped_RSQ = _drop(weights_RSQ, blocks.dropout_rate, seeds_R, t, s)
-            d_dropped_RSQ = jnp.einsum("rsk,rkq->rsq", v_RTK[:, keys], d_out_RQK.swapaxes(1, 2))
+            d_dropped_RSQ = _product("rsk,rkq->rsq", v_RTK[:, keys], d_out_RQK.swapaxes(1, 2))
             # d_weights = d_dropped where it was kept, over 1 - rate; times the weights, that is d_dropped x dropped.
-            d_scores_RSQ = dropped_RSQ * d_dropped_RSQ - weights_RSQ * dots_RQ[:, None, :]
-            dk_RSK = jnp.einsum("rsq,rqk->rsk", d_scores_RSQ, q_RQK)
-            dv_RSK = jnp.einsum("rsq,rqk->rsk", dropped_RSQ, d_out_RQK)
-            dq_RKQ = jnp.einsum("rks,rsq->rkq", k_RKT[:, :, keys], d_scores_RSQ)
+            d_scores_RSQ = (dropped_RSQ * d_dropped_RSQ - weights_RSQ * dots_RQ[:, None, :]).astype(k_RTK.dtype)
+            dk_RSK = _product("rsq,rqk->rsk", d_scores_RSQ, q_RQK)
+            dv_RSK = _product("rsq,rqk->rsk", dropped_RSQ.astype(v_RTK.dtype), d_out_RQK)
+            dq_RKQ = _product("rks,rsq->rkq", k_RKT[:, :, keys], d_scores_RSQ).astype(q_RTK.dtype)
             return (carry[0] + dk_RSK, carry[1] + dv_RSK), dq_RKQ.swapaxes(1, 2)
 
         (dk_RSK, dv_RSK), dq_RQK = blocks.scan(
@@ -259,10 +259,15 @@ def _attend_rows_backward(blocks: _Blocks, saved: tuple[Any, ...], d_out_RTK: ja
         )
         dk_RTK, dv_RTK = dk_RTK.at[:, keys].set(dk_RSK), dv_RTK.at[:, keys].set(dv_RSK)
         dq.append(dq_RQK)
-    return jnp.concatenate(dq, axis=1), dk_RTK, dv_RTK, None, None
+    return jnp.concatenate(dq, axis=1), dk_RTK.astype(k_RTK.dtype), dv_RTK.astype(v_RTK.dtype), None, None
 
 
 _attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)
+
+
+def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """`jnp.einsum` that adds up in float32, whatever the operands are."""
+    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
 
 
 def _seen(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:

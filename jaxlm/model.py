@@ -21,7 +21,11 @@ from jaxlm.tokenizers.base import InputError
 
 Params = Any
 
-_CHOICES = {"norm": ("layer", "rms"), "positions": ("learned", "rope"), "activation": ("relu", "relu2", "swiglu")}
+_CHOICES = {
+    "norm": ("layer", "rms"),
+    "positions": ("learned", "rope"),
+    "activation": ("relu", "relu2", "gelu", "swiglu"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ModelConfig:
     positions: Literal["learned", "rope"] = "learned"  # added to the input, or turning queries and keys
     rope_base: float = 1_000.0
     qk_norm: bool = False  # queries and keys scaled to a mean square of 1, scores doubled
-    activation: Literal["relu", "relu2", "swiglu"] = "relu"  # relu2 is the square of relu
+    activation: Literal["relu", "relu2", "gelu", "swiglu"] = "relu"  # relu2 is the square of relu
     biases: bool = True  # of linear layers, those of queries, keys and values excepted
     zero_outputs: bool = False  # output projections and head begin at zero, other kernels at N(0, 1 / fan-in)
     window: int | None = None  # tokens that attention may look at, itself included; None is the context
@@ -101,7 +105,7 @@ def forward(
     if dropout_key is not None and dropout_key.ndim == 0:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(len(tokens_BT)))
     logits_NV: jax.Array = Decoder(config).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
-    return logits_NV.reshape(*tokens_BT.shape, config.vocab_size)
+    return logits_NV.reshape(*tokens_BT.shape, config.vocab_size).astype(jnp.float32)
 
 
 def count_parameters(params: Params) -> int:
@@ -178,7 +182,7 @@ class Block(nn.Module):
         if config.activation == "swiglu":
             h_NF = h_NF * nn.silu(_linear(config, config.feed_forward_width, "mlp_gate")(h_ND))
         else:
-            h_NF = nn.relu(h_NF) if config.activation == "relu" else jnp.square(nn.relu(h_NF))
+            h_NF = _ACTIVATIONS[config.activation](h_NF)
         return x_ND + self.drop(_linear(config, config.width, "mlp_down", is_output=True)(h_NF), keys[2])
 
     def attend(self, h_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
@@ -213,6 +217,9 @@ class Block(nn.Module):
         return dropout(x_ND.reshape(self.batch, -1, self.config.width), self.config.dropout, keys_B).reshape(x_ND.shape)
 
 
+_ACTIVATIONS = {"relu": nn.relu, "relu2": lambda x: jnp.square(nn.relu(x)), "gelu": nn.gelu}
+
+
 def _linear(config: ModelConfig, features: int, name: str, *, biases: bool = True, is_output: bool = False) -> nn.Dense:
     kernel_init = nn.initializers.normal(0.02)
     if config.zero_outputs:
@@ -229,14 +236,15 @@ def _norm(config: ModelConfig, name: str) -> nn.Module:
 
 def _rms(x: jax.Array) -> jax.Array:
     """Scaled to a mean square of 1 along the last axis (Zhang and Sennrich 2019)."""
-    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+    mean_square = jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + 1e-6).astype(x.dtype)
 
 
 def _rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
     """RoPE (Su et al. 2021): numbers i and i + K / 2 turn by t / base^(2 i / K), so scores see distances alone."""
     time, half = x_BTHK.shape[1], x_BTHK.shape[3] // 2
     angles_T1K = jnp.arange(time)[:, None, None] * base ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angles_T1K), jnp.sin(angles_T1K)
+    cos, sin = jnp.cos(angles_T1K).astype(x_BTHK.dtype), jnp.sin(angles_T1K).astype(x_BTHK.dtype)
     a, b = jnp.split(x_BTHK, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 

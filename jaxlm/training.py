@@ -61,6 +61,7 @@ class TrainConfig:
     sample_prompt: str = ""  # what they begin with
     checkpoint_every: int = 500  # steps between checkpoints; an evaluation that is the best so far is saved too
     keep_checkpoints: int = 2  # latest ones, beside the best
+    compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and their updates are float32
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "eval_every", "eval_documents", "sample_every"):
@@ -71,6 +72,8 @@ class TrainConfig:
                 raise InputError(f"{name} is at least 1, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"The seed is from 0 to 4294967295, not {self.seed}.")
+        if self.compute_type not in ("float32", "bfloat16"):
+            raise InputError(f"The compute type is float32 or bfloat16, not {self.compute_type!r}.")
         learning_rate_schedule(self.optimizer, self.steps)
 
     def identity(self) -> dict[str, Any]:
@@ -108,19 +111,20 @@ def make_train_step(
 
     Metrics: `train/loss` in nats per target, `grad_norm` and `learning_rate` of the update; `weight_norm` after it.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, mesh)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     dropout_key = _key(config.seed, "dropout")
+    loss = partial(loss_function, model, compute_type=config.compute_type)
 
     def train_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
         keys_B = None
         if model.dropout:
             keys_B = jax.random.split(jax.random.fold_in(dropout_key, state.step), len(batch))
-        loss, grads = mean_gradients(partial(loss_function, model), state.params, batch, keys_B, mesh)
+        train_loss, grads = mean_gradients(loss, state.params, batch, keys_B, mesh)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "train/loss": loss,
+            "train/loss": train_loss,
             "grad_norm": optax.tree.norm(grads),
             "weight_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
@@ -130,8 +134,16 @@ def make_train_step(
     return train_step
 
 
-def loss_function(model: ModelConfig, params: Params, batch: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+def loss_function(
+    model: ModelConfig,
+    params: Params,
+    batch: jax.Array,
+    dropout_key: jax.Array | None = None,
+    *,
+    compute_type: str = "float32",
+) -> jax.Array:
     """Mean nats per target token, end-of-text included, of a batch of shape (B, T + 1)."""
+    params = jax.tree.map(lambda leaf: leaf.astype(compute_type), params)
     logits_BTV = forward(params, batch[:, :-1], model, dropout_key=dropout_key)
     return token_nats(logits_BTV, batch[:, 1:]).mean()
 

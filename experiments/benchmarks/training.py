@@ -1,0 +1,142 @@
+"""The training step beside PyTorch's and beside plain Flax: the same model, the same machine, turn by turn in one run.
+
+    python -m experiments.benchmarks.training --torch-python torch-venv/bin/python
+    python -m experiments.benchmarks.training --task gpu --torch-python torch-venv/bin/python
+
+Each contender is a process of its own that waits while another takes its steps. Ratios are those of neighbours in a
+round, so that a change of the machine's speed hits both; the spread is that of the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from experiments.command_line import program
+from jaxlm.parallel import peak_flops
+from jaxlm.runs import console
+from jaxlm.tokenizers.base import InputError
+
+SEED = {"vocab_size": 98, "width": 128, "layers": 2, "heads": 4, "compute_type": "float32"}
+LARGER = {"vocab_size": 98, "width": 384, "layers": 6, "heads": 6, "compute_type": "float32"}
+GPT2 = {"vocab_size": 50_304, "width": 768, "layers": 12, "heads": 12, "compute_type": "bfloat16"}
+SHAPES = {
+    "cpu": {
+        "seed model, 64 x 256": {**SEED, "batch_size": 64, "context": 256, "dropout": 0.0},
+        "the same, dropout 0.2": {**SEED, "batch_size": 64, "context": 256, "dropout": 0.2},
+        "seed model, 16 x 1,024": {**SEED, "batch_size": 16, "context": 1_024, "dropout": 0.0},
+        "seed model, 4 x 4,096": {**SEED, "batch_size": 4, "context": 4_096, "dropout": 0.0},
+        "10.7 M, 64 x 256": {**LARGER, "batch_size": 64, "context": 256, "dropout": 0.0},
+    },
+    "gpu": {
+        "seed model, 64 x 256": {**SEED, "batch_size": 64, "context": 256, "dropout": 0.2, "compute_type": "bfloat16"},
+        "10.7 M, 64 x 256": {**LARGER, "batch_size": 64, "context": 256, "dropout": 0.0, "compute_type": "bfloat16"},
+        "GPT-2 124 M, 32 x 1,024": {**GPT2, "batch_size": 32, "context": 1_024, "dropout": 0.0},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measures training steps side by side."""
+
+    torch_python: str  # the interpreter of an environment with PyTorch, see torch_requirements.txt
+    task: Literal["cpu", "gpu"] = "cpu"  # which shapes
+    only: str = ""  # shapes whose name contains this
+    rounds: int = 5
+    seconds: float = 3.0  # a contender's turn takes about so long, and one step at least
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or not self.seconds > 0:
+            raise InputError("There is at least one round, and a turn takes some time.")
+
+
+class Contender:
+    """A process that takes training steps when it is told to."""
+
+    def __init__(self, name: str, command: list[str], settings: dict[str, Any]) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [*command, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.steps, self.medians = 1, list[float]()
+        self.take(1)  # compiles
+        self.take(1)
+        self.medians.clear()
+
+    def take(self, steps: int) -> None:
+        """Takes steps, and notes the median of their seconds."""
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+            self.answer = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise InputError(f"{self.name} ended before it answered; what it said stands above.") from None
+        self.medians.append(statistics.median(self.answer["seconds"]))
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(name: str, shape: dict[str, Any], config: Config, peak: float | None, table: Table) -> None:
+    """Adds the rows of one shape."""
+    ours = [sys.executable, "-m", "experiments.benchmarks.training_jax"]
+    theirs = [config.torch_python, str(Path(__file__).with_name("training_torch.py"))]
+    contenders = [
+        Contender("jaxlm", ours, {**shape, "plain": False}),
+        Contender("plain Flax", ours, {**shape, "plain": True}),
+        Contender("PyTorch, SDPA", theirs, {**shape, "compile": False}),
+        Contender("torch.compile", theirs, {**shape, "compile": True}),
+    ]
+    for contender in contenders:
+        contender.take(1)
+        contender.steps = max(1, round(config.seconds / contender.medians.pop()))
+    for _ in range(config.rounds):
+        for contender in contenders:
+            contender.take(contender.steps)
+    first = contenders[0]
+    flops, tokens = first.answer["flops"], shape["batch_size"] * shape["context"]
+    for contender in contenders:
+        median = statistics.median(contender.medians)
+        ratios = [theirs / ours for theirs, ours in zip(contender.medians, first.medians, strict=True)]
+        table.add_row(
+            f"{name}\n{first.answer['parameters']:,} parameters" if contender is first else "",
+            contender.name,
+            f"{median * 1e3:,.0f}",
+            f"{tokens / median:,.0f}",
+            f"{flops / median / peak:.0%}" if peak else "-",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            f"{contender.answer['memory'] / 1e6:,.0f} MB",
+            contender.answer["device"],
+            end_section=contender is contenders[-1],
+        )
+        contender.close()
+
+
+def main(config: Config) -> None:
+    peak = peak_flops()
+    table = Table(title=f"training step: median of {config.rounds} rounds; ours is faster by the median ratio (range)")
+    for column in ("model", "contender", "ms", "tokens/s", "of peak", "ours is faster by", "memory", "device"):
+        table.add_column(column, justify="left" if column in ("model", "contender", "device") else "right")
+    for name, shape in SHAPES[config.task].items():
+        if config.only in name:
+            measure(name, shape, config, None if peak is None else peak[0], table)
+            console.print(f"{name}: done")
+    console.print(table)
+    if peak is not None:
+        console.print(f"peak: {peak[0] / 1e9:,.0f} GFLOP/s, {peak[1]}")
+
+
+if __name__ == "__main__":
+    program("experiments.benchmarks.training", {"default": Config(torch_python=sys.executable)}, main)

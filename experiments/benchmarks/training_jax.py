@@ -1,0 +1,69 @@
+"""A training step of ours as a process that takes steps when it is told to, as `training_torch` does.
+
+    python -m experiments.benchmarks.training_jax '{"plain": false, "batch_size": 64, "context": 256, ...}'
+
+"plain" is the same model without what makes it fast here: attention by the formula, the batch in one piece, one device.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from functools import partial
+
+import jax
+import numpy as np
+
+import jaxlm.model
+from jaxlm.attention import causal_attention
+from jaxlm.model import ModelConfig, count_parameters, flops_per_token
+from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
+from jaxlm.training import TrainConfig, init_state, make_train_step
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    plain = config["plain"]
+    use_cores(config["batch_size"], num_devices=1 if plain else None)
+    model = ModelConfig(
+        vocab_size=config["vocab_size"],
+        context=config["context"],
+        width=config["width"],
+        num_layers=config["layers"],
+        num_heads=config["heads"],
+        feed_forward_width=4 * config["width"],
+        dropout=config["dropout"],
+    )
+    training = TrainConfig(batch_size=config["batch_size"], compute_type=config["compute_type"])
+    if plain:
+        jaxlm.model.causal_attention = partial(causal_attention, implementation="reference")
+        jaxlm.parallel.sequences_at_once = lambda batch_size, time: batch_size
+    mesh = data_mesh(training.batch_size)
+    state = jax.jit(partial(init_state, model, training), out_shardings=replicated(mesh))()
+    tokens = np.random.default_rng(0).integers(model.vocab_size, size=(training.batch_size, model.context + 1))
+    batch = jax.device_put(tokens.astype(np.int32), batch_sharding(mesh))
+    step = jax.jit(make_train_step(model, training, mesh), donate_argnums=0).lower(state, batch).compile()
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            started = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - started)
+        device = jax.devices()[0]
+        statistics = device.memory_stats() or {}
+        answer = {
+            "seconds": seconds,
+            "loss": float(metrics["train/loss"]),
+            "memory": statistics.get("peak_bytes_in_use", resource.getrusage(0).ru_maxrss * 1024),
+            "parameters": count_parameters(state.params),
+            "flops": flops_per_token(state.params, model) * training.batch_size * model.context,
+            "device": f"{jax.device_count()} x {device.device_kind}",
+        }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

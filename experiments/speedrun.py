@@ -1,0 +1,220 @@
+"""How good a small model of French becomes in how little time, on two cores.
+
+    python -m experiments.speedrun --corpus articles.parquet
+    python -m experiments.speedrun --corpus articles.parquet --preset bpe-short
+    python -m experiments.speedrun --corpus articles.parquet --validation --seeds 1
+
+The rules. At most 453,986 parameters under the 98 character ids, at most 557,300 under BPE with 500; context 256. The
+text is the training documents of the corpus, the first 90 %. All settings, the number of steps too, are fixed
+beforehand with `--validation`, which trains on the first 95 % of those documents and scores on the rest. The held-out
+documents are looked at once, at the end. The score is bits per byte of the held-out documents as one text, in windows
+of 256 tokens without overlap, as the first baselines were scored; "each alone" is the measure of all other experiments.
+Time is that of the steps, the making of batches included, with compilation told apart.
+
+Records, and ideas that did not work: SPEEDRUN.md.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import grain
+import jax
+import numpy as np
+from rich.table import Table
+
+from experiments.command_line import program
+from experiments.language_model import tokenize
+from jaxlm.data.batches import make_batches
+from jaxlm.data.documents import open_corpus
+from jaxlm.data.shards import TokenizedCorpus, TokenStream, survey_corpus, train_documents
+from jaxlm.evaluation import evaluate, token_nats
+from jaxlm.model import ModelConfig, Params, count_parameters, forward
+from jaxlm.optimizers import OptimizerConfig
+from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
+from jaxlm.runs import console
+from jaxlm.tokenizers import BPETokenizer, CharTokenizer
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import TrainConfig, init_state, make_train_step
+
+MODEL = ModelConfig(
+    vocab_size=98,
+    feed_forward_width=336,
+    dropout=0.0,
+    norm="rms",
+    positions="rope",
+    qk_norm=True,
+    activation="swiglu",
+    biases=False,
+    zero_outputs=True,
+    input_tokens=3,
+    taps=3,
+)
+OPTIMIZER = OptimizerConfig(
+    name="muon", learning_rate=0.02, muon_learning_rate=0.014, schedule="wsd", decay_share=0.6, warmup_steps=10,
+    beta2=0.95, weight_decay=0.0,
+)  # fmt: skip
+
+
+TRACKS = {
+    "short": TrainConfig(steps=300, batch_size=16, optimizer=OPTIMIZER),
+    "middle": TrainConfig(steps=800, batch_size=16, optimizer=OPTIMIZER),
+    "long": TrainConfig(steps=5_000, batch_size=16, optimizer=OPTIMIZER),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains a small model as fast as it can be, several times, and scores it once each."""
+
+    preset: Literal["short", "middle", "long"] = "short"  # the settings that the other flags override
+    tokenizer: Literal["char", "bpe"] = "char"
+    corpus: str = "builtin"  # as in the experiments
+    seeds: int = 5
+    validation: bool = False  # train and score on parts of the training documents, to choose settings
+    first_context: int = 128  # tokens of the windows in the first part of the run, as many of them a step as ever
+    first_share: float = 0.5  # how long that is
+    model: ModelConfig = MODEL
+    training: TrainConfig = field(default_factory=lambda: TRACKS["short"])
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise InputError(f"The number of seeds is at least 1, not {self.seeds}.")
+        if not 0.0 <= self.first_share <= 1.0:
+            raise InputError(f"The first share is from 0 to 1, not {self.first_share}.")
+        if not 2 <= self.first_context <= self.model.context or self.model.context % self.first_context:
+            raise InputError(f"The first context divides {self.model.context}; {self.first_context} does not.")
+
+
+PRESETS = {
+    "short": Config(training=TRACKS["short"]),
+    "middle": Config(preset="middle", training=TRACKS["middle"]),
+    "long": Config(preset="long", training=TRACKS["long"]),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One seed."""
+
+    bits_per_byte: float  # windows without overlap
+    each_alone: float  # each document alone, as elsewhere
+    seconds: float
+    compilation: float
+    tokens: int
+
+
+def main(config: Config) -> None:
+    use_cores(config.training.batch_size)
+    corpus = open_corpus(config.corpus)
+    survey = survey_corpus(corpus)
+    make = CharTokenizer.train if config.tokenizer == "char" else BPETokenizer.train
+    tokenizer = make(train_documents(corpus, survey), config.model.vocab_size)
+    data = tokenize(corpus, survey, tokenizer)
+    train, scored = split(data) if config.validation else (data.train, data.held_out)
+    assert tokenizer.end_of_text_id is not None
+    table = Table(title=f"{config.preset}, {tokenizer.kind}" + (", validation" if config.validation else ""))
+    for column in ("seed", "bits per byte", "each alone", "tokens", "bytes", "seconds", "compilation", "parameters"):
+        table.add_column(column, justify="right")
+    results = []
+    for seed in range(config.seeds):
+        state, seconds, compilation, tokens = run(config, train, seed)
+        params = jax.device_put(state, jax.devices()[0])
+        result = Result(
+            in_windows(params, config.model, scored) / math.log(2) / float(scored.document_bytes.sum()),
+            evaluate(params, config.model, scored, tokenizer.end_of_text_id).bits_per_byte,
+            seconds,
+            compilation,
+            tokens,
+        )
+        results.append(result)
+        table.add_row(
+            str(seed),
+            f"{result.bits_per_byte:.4f}",
+            f"{result.each_alone:.4f}",
+            f"{tokens / 1e6:.2f} M",
+            f"{tokens * train.bytes_per_token / 1e6:.2f} M",
+            f"{seconds:.1f}",
+            f"{compilation:.1f}",
+            f"{count_parameters(params):,}",
+        )
+        console.print(f"seed {seed}: {result.bits_per_byte:.4f} bits per byte after {seconds:.1f} s")
+    scores = [result.bits_per_byte for result in results]
+    if len(scores) > 1:
+        table.add_section()
+        table.add_row(
+            "mean",
+            f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}",
+            f"{statistics.mean(result.each_alone for result in results):.4f}",
+            "",
+            "",
+            f"{statistics.mean(result.seconds for result in results):.1f}",
+            "",
+            "",
+        )
+    console.print(table)
+
+
+def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, float, int]:
+    """Trains once: the parameters, the seconds of the steps and those of compilation, and the tokens seen."""
+    training = replace(config.training, seed=seed)
+    batch_tokens = training.batch_size * config.model.context
+    mesh = data_mesh(training.batch_size)
+    state = jax.jit(partial(init_state, config.model, training), out_shardings=replicated(mesh))()
+    step = jax.jit(make_train_step(config.model, training, mesh), donate_argnums=0)
+    seconds = compilation = 0.0
+    first_steps = round(config.first_share * training.steps)
+    for context, steps in ((config.first_context, first_steps), (config.model.context, training.steps - first_steps)):
+        if not steps:
+            continue
+        batches = make_batches(train, context=context, batch_size=batch_tokens // context, seed=seed * 1_000 + context)
+        started = time.perf_counter()
+        compiled = step.lower(state, jax.device_put(batches[0], batch_sharding(mesh))).compile()
+        compilation += time.perf_counter() - started
+        started = time.perf_counter()
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        for batch in batches[:steps].to_iter_dataset(options):
+            state, _ = compiled(state, jax.device_put(batch, batch_sharding(mesh)))
+        jax.block_until_ready(state)
+        seconds += time.perf_counter() - started
+    return state.params, seconds, compilation, training.steps * batch_tokens
+
+
+def split(data: TokenizedCorpus) -> tuple[TokenStream, TokenStream]:
+    """The first 95 % of the training documents, and the others."""
+    stream = data.train
+    count = stream.num_documents * 95 // 100
+    middle = int(stream.ends[count - 1])
+    parts = []
+    for start, documents in ((0, slice(count)), (middle, slice(count, None))):
+        ends = stream.ends[documents]
+        parts.append(
+            TokenStream(
+                (stream.slice(start, int(ends[-1])).astype(np.uint32),), ends - start, stream.document_bytes[documents]
+            )
+        )
+    return parts[0], parts[1]
+
+
+def in_windows(params: Params, model: ModelConfig, stream: TokenStream, batch: int = 64) -> float:
+    """Nats of all documents as one text: windows of `context` tokens without overlap, the rest at their mean."""
+    ids = stream.slice(0, len(stream))
+    count = (len(ids) - 1) // model.context
+    size = count * model.context
+    inputs, targets = (ids[start : start + size].reshape(count, model.context) for start in (0, 1))
+    score = jax.jit(partial(_nats, model=model))
+    nats = sum(float(score(params, inputs[i : i + batch], targets[i : i + batch])) for i in range(0, count, batch))
+    return nats / size * len(ids)
+
+
+def _nats(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array, model: ModelConfig) -> jax.Array:
+    return token_nats(forward(params, inputs_BT, model), targets_BT).sum()
+
+
+if __name__ == "__main__":
+    program("experiments.speedrun", PRESETS, main)
