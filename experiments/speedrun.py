@@ -36,7 +36,7 @@ from jaxlm.data.shards import TokenizedCorpus, TokenStream, survey_corpus, train
 from jaxlm.evaluation import evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, forward
 from jaxlm.optimizers import OptimizerConfig
-from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
+from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
@@ -180,6 +180,7 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         for batch in batches[:steps].to_iter_dataset(options):
             state, _ = compiled(state, jax.device_put(batch, batch_sharding(mesh)))
+            one_at_a_time(mesh, state)
         jax.block_until_ready(state)
         seconds += time.perf_counter() - started
     return state.params, seconds, compilation, training.steps * batch_tokens

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.parallel import batch_sharding, replicated
+from jaxlm.parallel import share_among
 from jaxlm.tokenizers.base import InputError
 
 
@@ -114,33 +113,33 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, mesh: Mesh | None = 
 def orthogonalize(updates: Any, mesh: Mesh | None = None) -> Any:
     """Each matrix with its singular values brought near 1, times 0.2 sqrt(its longer side), for an RMS near 0.2.
 
-    Five Newton-Schulz iterations with the coefficients of Jordan (2024); the scale is that of Liu et al. (2025). All
-    matrices of one shape go through them together, divided among the devices of the mesh, which makes it 3.5 times as
-    fast as one after the other on every device. An axis before the last two numbers the matrices of a leaf.
+    Five Newton-Schulz iterations with the coefficients of Jordan (2024); the scale is that of Liu et al. (2025). The
+    matrices of one shape go through them together, divided among the devices of the mesh: 3.5 times as fast as one by
+    one on each device. An axis before the last two numbers the matrices of a leaf.
     """
     leaves, structure = jax.tree.flatten(updates)
-    wide = [leaf if leaf.shape[-2] <= leaf.shape[-1] else leaf.swapaxes(-1, -2) for leaf in leaves]
-    stacks = [leaf.reshape(-1, *leaf.shape[-2:]) for leaf in wide]
-    for shape in {stack.shape[1:] for stack in stacks}:
-        alike = [index for index, stack in enumerate(stacks) if stack.shape[1:] == shape]
-        together = _newton_schulz(jnp.concatenate([stacks[index] for index in alike]), mesh)
-        ends = np.cumsum([len(stacks[index]) for index in alike])
-        for index, stack in zip(alike, jnp.split(together, ends[:-1]), strict=True):
-            stacks[index] = stack
-    done = [
-        (stack.reshape(before.shape) if leaf is before else stack.reshape(before.shape).swapaxes(-1, -2))
-        * (0.2 * max(leaf.shape[-2:]) ** 0.5)
-        for leaf, before, stack in zip(leaves, wide, stacks, strict=True)
-    ]
-    return jax.tree.unflatten(structure, done)
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        by_shape.setdefault(tuple(sorted(leaf.shape[-2:])), []).append(index)
+    stacks = [jnp.concatenate([_wide(leaves[index]) for index in indices]) for indices in by_shape.values()]
+    for indices, stack in zip(by_shape.values(), share_among(mesh, _newton_schulz, stacks), strict=True):
+        for index in indices:
+            leaf = leaves[index]
+            count = math.prod(leaf.shape[:-2])
+            matrices, stack = stack[:count], stack[count:]
+            matrices = matrices if leaf.shape[-2] <= leaf.shape[-1] else matrices.swapaxes(-1, -2)
+            leaves[index] = matrices.reshape(leaf.shape) * (0.2 * max(leaf.shape[-2:]) ** 0.5)
+    return jax.tree.unflatten(structure, leaves)
 
 
-def _newton_schulz(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def _wide(leaf: jax.Array) -> jax.Array:
+    """The matrices of a leaf as (matrices, m, n), transposed if need be so that m <= n."""
+    matrices = leaf.reshape(-1, *leaf.shape[-2:])
+    return matrices if leaf.shape[-2] <= leaf.shape[-1] else matrices.swapaxes(-1, -2)
+
+
+def _newton_schulz(x: jax.Array) -> jax.Array:
     """x of shape (matrices, m, n), m <= n."""
-    if mesh is not None and mesh.size > 1:
-        padded = jnp.pad(x, ((0, -len(x) % mesh.size), (0, 0), (0, 0)))
-        padded = jax.lax.with_sharding_constraint(padded, batch_sharding(mesh))
-        return jax.lax.with_sharding_constraint(_newton_schulz(padded, None), replicated(mesh))[: len(x)]
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
     for _ in range(5):
         gram = x @ x.swapaxes(-1, -2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,11 @@ def use_cores(batch_size: int, num_devices: int | None = None) -> None:
     Takes the most devices that divide the batch, or `num_devices`. To be called before JAX starts, after which it can't
     be changed. A count in XLA_FLAGS is left as it is; other backends don't care.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_collective_call_terminate_timeout_seconds" not in flags:
+        # By default the process is ended if a device waits 40 s for another, as after the sleep of a laptop.
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_collective_call_terminate_timeout_seconds=1000000"
+    if "xla_force_host_platform_device_count" in flags:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(count for count in range(1, cores + 1) if batch_size % count == 0)
@@ -90,6 +95,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def one_at_a_time(mesh: Mesh, results: Any) -> None:
+    """Waits for the results of a step on several CPU devices, and does nothing elsewhere.
+
+    These devices share the few threads of one process. If steps are queued, all threads can come to wait for exchanges
+    with a device that none is left for, and the program stands still (seen within some hundred steps).
+    """
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(results)
+
+
 def sharding_beside(params: Any, batch_size: int) -> NamedSharding | None:
     """How a batch is divided among the devices that all hold `params`; None for a single device, or if it can't be."""
     sharding = jax.tree.leaves(params)[0].sharding
@@ -130,6 +145,34 @@ def mean_gradients(
         out_specs=everywhere,
         check_vma=False,
     )(params, batch, keys_B)
+
+
+def share_among(
+    mesh: Mesh | None, function: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """`function` of each array, which treats the entries along the first axis alike, each device having a part of them.
+
+    All devices have the arrays, and get all results, in a single exchange. (Exchanges that don't wait for one another
+    could each hold one of a CPU's few threads, until none is left for the device that they wait for.)
+    """
+    if mesh is None or mesh.size == 1:
+        return [function(array) for array in arrays]
+
+    def local(*arrays: jax.Array) -> list[jax.Array]:
+        parts = []
+        for array in arrays:
+            size = -(-len(array) // mesh.size)
+            padded = jnp.pad(array, ((0, size * mesh.size - len(array)), *[(0, 0)] * (array.ndim - 1)))
+            parts.append(function(jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(_DATA) * size, size)))
+        together = jax.lax.all_gather(jnp.concatenate([part.reshape(-1) for part in parts]), _DATA)
+        ends = itertools.accumulate(part.size for part in parts)
+        return [
+            together[:, end - part.size : end].reshape(-1, *array.shape[1:])[: len(array)]
+            for array, part, end in zip(arrays, parts, ends, strict=True)
+        ]
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(*arrays)
 
 
 def sequences_at_once(batch_size: int, time: int) -> int:

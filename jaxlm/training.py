@@ -30,7 +30,7 @@ from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.evaluation import Evaluation, evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, flops_per_token, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
-from jaxlm.parallel import batch_sharding, data_mesh, mean_gradients, peak_flops, replicated
+from jaxlm.parallel import batch_sharding, data_mesh, mean_gradients, one_at_a_time, peak_flops, replicated
 from jaxlm.runs import Run, console, environment, read_config, read_metrics, training_progress
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
@@ -204,6 +204,7 @@ def train(
             loop.begin(progress, state.params)
             for batch in batches[loop.step : config.steps].to_iter_dataset(options):
                 state, metrics = compiled(state, jax.device_put(batch, divided))
+                one_at_a_time(mesh, metrics)
                 stop = signals.received
                 loop.after_step(state, metrics, stop=stop)
                 if stop:

@@ -22,7 +22,7 @@ from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus, train_documents
 from jaxlm.model import ModelConfig
-from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
+from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import Run, console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.training import TrainConfig, init_state, make_train_step, run_identity, train
@@ -72,6 +72,7 @@ def main(config: Config) -> None:
             started = time.perf_counter()
             for _ in range(config.block_steps):
                 state, metrics = step(state, batch)
+                one_at_a_time(mesh, metrics)
             jax.block_until_ready(state)
             bare = (time.perf_counter() - started) / config.block_steps
             # A constant schedule can be prolonged, so the loop goes on where the block before it ended.

@@ -26,7 +26,7 @@ from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import held_out_documents, survey_corpus, train_documents
 from jaxlm.evaluation import evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, forward
-from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
+from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.training import TrainConfig, init_state, make_train_step
@@ -61,6 +61,7 @@ def main(config: Config) -> None:
     console.print(f"{'step':>6}  {'windows without overlap':>24}  {'each document alone':>20}   bits per byte")
     for index in range(training.steps):
         state, _ = step(state, jax.device_put(batches[index], batch_sharding(mesh)))
+        one_at_a_time(mesh, state)
         if (index + 1) % config.score_every == 0:
             params = jax.device_put(state.params, jax.devices()[0])
             end_of_text_id = tokenizer.end_of_text_id
