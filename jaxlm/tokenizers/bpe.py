@@ -316,7 +316,8 @@ class BPETokenizer(Tokenizer):
         An Encoding brings its own split and special tokens; else they are "gpt4" and none, unless given. Ids are kept.
 
         Raises:
-          InputError: a byte that has no rank, a rank that two tokens have, or a file that is none.
+          InputError: a byte that has no rank, a rank that two tokens have, a file that is none, or a pattern that
+            tiktoken may read otherwise.
         """
         from jaxlm.tokenizers.formats import read_tiktoken
 
@@ -329,7 +330,11 @@ class BPETokenizer(Tokenizer):
         write_tiktoken(self, path)
 
     def to_tiktoken_encoding(self, name: str = "jaxlm") -> Any:
-        """The same tokenizer as a `tiktoken.Encoding`. Needs the package tiktoken."""
+        """The same tokenizer as a `tiktoken.Encoding`. Needs the package tiktoken.
+
+        Raises:
+          InputError: a vocabulary or a pattern with which tiktoken might give other ids.
+        """
         from jaxlm.tokenizers.formats import tiktoken_encoding
 
         return tiktoken_encoding(self, name)
