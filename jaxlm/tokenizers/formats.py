@@ -131,7 +131,7 @@ def tiktoken_encoding(tokenizer: BPETokenizer, name: str) -> Any:
     """See `BPETokenizer.to_tiktoken_encoding`. Raises InputError where tiktoken would give other ids.
 
     Where one special token begins with another, tiktoken may take either; a `BPETokenizer` takes the longer one. A
-    pattern of one's own is handed on as it is, to an engine whose classes of rare characters may differ.
+    pattern of one's own is handed on as it is, to an engine that may class and fold rare characters otherwise.
     """
     try:
         import tiktoken

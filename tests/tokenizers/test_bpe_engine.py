@@ -380,6 +380,20 @@ def test_an_explanation_shows_each_merge() -> None:
         assert row in text
 
 
+def test_an_explanation_shows_what_rich_would_take_for_markup() -> None:
+    from rich.console import Console
+
+    merges = [(91, 47), (256, 93), (58, 115), (258, 109)]  # "[/", "[/]", ":s", ":sm"
+    tokenizer = BPETokenizer(merges, split="none", whole={b"[red]": 300})
+    console = Console(record=True, width=150, file=io.StringIO())
+    for text in ("[/]", "[sic]", ":smile:", "[red]"):
+        console.print(tokenizer.explain(text))
+    text = console.export_text()
+    for row in ("[/ + ]", "[│s│i│c│]", ":s + m", ":sm│i│l│e│:", ":smile:", "a token as a whole"):
+        assert row in text
+    assert text.count("[red]") == 2
+
+
 # ---- compilation
 
 USE = """
