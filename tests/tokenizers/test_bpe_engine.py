@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -433,6 +434,15 @@ def test_compiled_twice_at_once_once_again_and_not_at_all(tmp_path: Path) -> Non
     assert all(errors.count(notice) == 1 and len(errors.splitlines()) == 1 for _, errors in answers)
     assert again[1] == ""
     assert plain[1] == ""
+
+
+def test_a_function_of_no_module_may_be_compiled_beside_the_engine() -> None:
+    import numba
+
+    namespace: dict[str, Any] = {}
+    exec("def double(x): return 2 * x", {"__builtins__": {}}, namespace)
+    assert namespace["double"].__module__ is None
+    assert numba.njit(namespace["double"])(21) == 42
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
