@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -26,6 +28,7 @@ from jaxlm.tokenizers.base import (
     InputError,
     Tokenizer,
     check_allowed_special,
+    check_text,
     encode_utf8,
     list_of_texts,
     special_token_ids,
@@ -71,16 +74,21 @@ class BPETokenizer(Tokenizer):
         check_split(split, pattern)
         self.split = split
         self.pattern = pattern
-        self.merges = list(merges)
-        self.whole = dict(whole or {})
+        self.merges = pairs_of_symbols(merges)
+        self.whole: dict[bytes, int] = {}
+        for chunk, token_id in (whole or {}).items():
+            if not isinstance(chunk, bytes) or not chunk or not isinstance(token_id, Integral):
+                raise InputError(f"A whole chunk is at least one byte and has an id, not {chunk!r} and {token_id!r}.")
+            self.whole[chunk] = int(token_id)
         tokens = merged_tokens(self.merges)
-        self.ids = list(range(len(tokens))) if ids is None else [int(token_id) for token_id in ids]
+        try:
+            self.ids = list(range(len(tokens)) if ids is None else map(operator.index, ids))
+        except TypeError:
+            raise InputError("The ids of the symbols are a sequence of whole numbers, one for each.") from None
         ordinary = [*self.ids, *self.whole.values()]
         taken = set(ordinary)
         if len(self.ids) != len(tokens) or len(taken) != len(ordinary) or min(taken) < 0:
             raise InputError("Each byte, merge and whole chunk of a BPE vocabulary has one id of its own, at least 0.")
-        if b"" in self.whole:
-            raise InputError("A whole chunk of a BPE vocabulary has at least one byte.")
         self.special_tokens = special_token_ids(special_tokens, 1 + max(taken), taken)
         self._bytes_of = dict(zip(ordinary, [*tokens, *self.whole], strict=True))
         self._bytes_of.update({token_id: name.encode() for name, token_id in self.special_tokens.items()})
@@ -392,14 +400,31 @@ def check_split(split: str, pattern: str | None) -> None:
     """Raises InputError for an unknown split, or a pattern that is no regular expression."""
     import regex
 
+    if split not in SPLIT_PATTERNS:
+        raise InputError(f"There is no split {split!r}; known are {', '.join(SPLIT_PATTERNS)}.")
     if pattern is None:
-        if split not in SPLIT_PATTERNS:
-            raise InputError(f"There is no split {split!r}; known are {', '.join(SPLIT_PATTERNS)}.")
         return
+    if not isinstance(pattern, str):
+        raise InputError(f"A pattern is a regular expression as a str, not {pattern!r}.")
+    check_text(pattern)
     try:
         regex.compile(pattern)
     except regex.error as error:
         raise InputError(f"The pattern {pattern!r} is no regular expression: {error}.") from None
+    except RecursionError:
+        raise InputError(f"The pattern of {len(pattern):,} characters has too many groups inside each other.") from None
+
+
+def pairs_of_symbols(merges: Iterable[Iterable[int]]) -> list[Pair]:
+    """Merges as tuples of two ints. Raises InputError for one that isn't a pair of whole numbers."""
+    pairs = []
+    for index, merge in enumerate(merges):
+        try:
+            left, right = map(operator.index, merge)
+        except (TypeError, ValueError):
+            raise InputError(f"Merge {index} is {merge!r}, not a pair of symbols, which are whole numbers.") from None
+        pairs.append((left, right))
+    return pairs
 
 
 def merged_tokens(merges: Sequence[Pair]) -> list[bytes]:
@@ -412,9 +437,9 @@ def merged_tokens(merges: Sequence[Pair]) -> list[bytes]:
     index_of: dict[Pair, int] = {}
     for index, pair in enumerate(merges):
         if not (0 <= pair[0] < len(tokens) and 0 <= pair[1] < len(tokens)):
-            raise InputError(f"Merge {index} joins the ids {pair}, which don't both exist before it.")
+            raise InputError(f"Merge {index} joins the symbols {pair}, which don't both exist before it.")
         if index_of.setdefault(pair, index) != index:
-            raise InputError(f"Merge {index} joins the ids {pair}, as merge {index_of[pair]} does already.")
+            raise InputError(f"Merge {index} joins the symbols {pair}, as merge {index_of[pair]} does already.")
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
     return tokens
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,6 +182,20 @@ def test_merges_that_cannot_be_are_refused(merges: list[Pair], message: str) -> 
         BPETokenizer(merges)
 
 
+@pytest.mark.parametrize("merge", [(97, 98, 99), (97,), (97.0, 98.0), ("a", "b"), (97, None), 97, None])
+def test_a_merge_that_is_no_pair_of_whole_numbers_is_refused(merge: Any) -> None:
+    with pytest.raises(InputError, match=re.escape(f"Merge 1 is {merge!r}, not a pair of symbols")):
+        BPETokenizer([(97, 98), merge])
+
+
+@pytest.mark.parametrize("merges", [[[97, 98], [256, 99]], np.array([[97, 98], [256, 99]], np.int32)])
+def test_merges_may_be_lists_or_rows(merges: Any) -> None:
+    tokenizer = BPETokenizer(merges)
+    assert tokenizer.merges == [(97, 98), (256, 99)]
+    assert tokenizer.hash == BPETokenizer([(97, 98), (256, 99)]).hash
+    assert tokenizer.encode("abcab").tolist() == [257, 256]
+
+
 # ---- watching it learn
 
 
@@ -247,7 +264,11 @@ def test_a_split_keeps_merges_inside_its_chunks() -> None:
 
 
 def test_an_unknown_split_is_refused() -> None:
-    for make in (lambda: BPETokenizer([], split="gpt5"), lambda: BPETokenizer.train(CORPUS, 300, split="gpt5")):
+    for make in (
+        lambda: BPETokenizer([], split="gpt5"),
+        lambda: BPETokenizer([], split="gpt5", pattern="."),
+        lambda: BPETokenizer.train(CORPUS, 300, split="gpt5"),
+    ):
         with pytest.raises(InputError, match="no split 'gpt5'; known are gpt2, gpt4, o200k, none"):
             make()
 
@@ -276,6 +297,22 @@ def test_the_chunks_of_a_pattern_are_its_matches() -> None:
 def test_a_pattern_that_is_none_is_refused(pattern: str) -> None:
     for make in (lambda: BPETokenizer([], pattern=pattern), lambda: BPETokenizer.train(CORPUS, 300, pattern=pattern)):
         with pytest.raises(InputError, match="is no regular expression"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (b"(?s:.)", r"as a str, not b'\(\?s:\.\)'"),
+        (regex.compile("."), "as a str, not regex"),
+        (5, "as a str, not 5"),
+        ("\ud800|.", "lone surrogate"),
+        ("(" * 9_000 + "a" + ")" * 9_000, "18,001 characters has too many groups inside each other"),
+    ],
+)
+def test_a_pattern_of_another_kind_is_refused(pattern: Any, message: str) -> None:
+    for make in (lambda: BPETokenizer([], pattern=pattern), lambda: BPETokenizer.train(CORPUS, 300, pattern=pattern)):
+        with pytest.raises(InputError, match=message):
             make()
 
 

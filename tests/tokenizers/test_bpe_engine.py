@@ -341,7 +341,7 @@ def test_an_id_that_is_none_is_refused_when_it_comes(bad: int, message: str) -> 
 def test_ids_of_their_own_and_whole_chunks(tmp_path: Path) -> None:
     order = [*range(255, -1, -1), 900, 901]
     tokenizer = BPETokenizer(
-        [(97, 98), (256, 99)], ids=order, whole={b"chat": 700, b" quatre-vingt-dix-neuf": 701, b" " * 70: 702}
+        [(97, 98), (256, 99)], ids=order, whole={b"chat": np.int64(700), b" quatre-vingt-dix-neuf": 701, b" " * 70: 702}
     )
     assert tokenizer.encode("abcab").tolist() == [901, 900]
     assert tokenizer.encode("a chat").tolist() == [255 - byte for byte in b"a chat"]  # a part of a chunk is no chunk
@@ -366,8 +366,12 @@ def test_ids_and_chunks_that_cannot_be_are_refused() -> None:
     for arguments in ({"ids": [*range(255), 2**31]}, {"special_tokens": {"<a>": 2**40}}, {"whole": {b"a b": 2**24}}):
         with pytest.raises(InputError, match="highest id"):
             BPETokenizer([], **arguments)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="at least one byte"):
-        BPETokenizer([], whole={b"": 300})
+    for whole in ({b"": 300}, {"ab": 300}, {b"ab": 300.0}, {b"ab": "300"}):
+        with pytest.raises(InputError, match="A whole chunk is at least one byte and has an id, not"):
+            BPETokenizer([], whole=whole)  # type: ignore[arg-type]
+    for ids in (["a"] * 256, [0.5, *range(1, 256)], 5):
+        with pytest.raises(InputError, match="sequence of whole numbers"):
+            BPETokenizer([], ids=ids)  # type: ignore[arg-type]
 
 
 def test_an_explanation_shows_each_merge() -> None:
