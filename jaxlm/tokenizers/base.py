@@ -6,6 +6,7 @@ is encoded and which bytes an id stands for; special tokens, checks and the cont
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -180,7 +181,7 @@ class Tokenizer(ABC):
     def _check_ids(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         try:
             array = np.asarray(ids if isinstance(ids, np.ndarray | Sequence) else list(ids))
-        except (ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError("Ids are a 1-D sequence of integers.") from None
         if array.size == 0:
             return np.zeros(0, np.int64)
@@ -229,26 +230,31 @@ def _surrogate(text: str, error: UnicodeEncodeError) -> InputError:
     )
 
 
-def check_texts(texts: Iterable[str]) -> Iterable[str]:
-    """The texts of a training corpus, each checked; a bare `str` is refused, since iterating it gives characters."""
-    if isinstance(texts, str | bytes):
-        raise InputError("Training takes an iterable of texts; put a single text into a list.")
-    for text in texts:
+def each_text(texts: Iterable[str]) -> Iterator[str]:
+    """Texts, one by one. Raises InputError for a bare `str`, whose items are characters, and what holds no items."""
+    if not isinstance(texts, str | bytes):
+        with contextlib.suppress(TypeError):
+            return iter(texts)
+    raise InputError(f"An iterable of texts is needed, not {type(texts).__name__}; put a single text into a list.")
+
+
+def check_texts(texts: Iterable[str]) -> Iterator[str]:
+    """The texts of a training corpus, each checked."""
+    for text in each_text(texts):
         check_text(text)
         yield text
 
 
 def check_allowed_special(allowed_special: AllowedSpecial) -> None:
-    """Raises InputError for a `str` that is neither "all" nor "none"."""
-    if isinstance(allowed_special, str) and allowed_special not in ("all", "none"):
+    """Raises InputError for what is neither "all" nor "none" nor a collection of names."""
+    is_word = isinstance(allowed_special, str)
+    if allowed_special not in ("all", "none") if is_word else not isinstance(allowed_special, Collection):
         raise InputError(f'allowed_special is "all", "none" or a set of names, not {allowed_special!r}.')
 
 
 def list_of_texts(texts: Iterable[str]) -> list[str]:
-    """The texts of a batch. Raises InputError for a bare `str`, whose items are characters, and what is no `str`."""
-    if isinstance(texts, str | bytes):
-        raise InputError("A batch is a list of texts; put a single text into a list.")
-    texts = list(texts)
+    """The texts of a batch. Raises InputError as `each_text` does, and for what is no `str`."""
+    texts = list(each_text(texts))
     if not set(map(type, texts)) <= {str}:
         for text in texts:
             check_text(text)
@@ -261,13 +267,18 @@ def special_token_ids(
     """Special tokens as a mapping name -> id: those of a mapping as they are, those of a sequence from `first_id` on.
 
     Raises:
-      InputError: an empty name, a name or an id twice, a negative id, or one in `taken` (None: all below `first_id`).
+      InputError: an empty name, a name or an id twice, a negative id, or one in `taken` (None: all below `first_id`);
+        a bare `str`, a set, whose names have no order, or what holds no names at all.
     """
     taken = range(first_id) if taken is None else taken
-    if isinstance(names, str):
-        raise InputError("special_tokens is a sequence of names or a mapping to ids; put a single name into a tuple.")
+    if isinstance(names, str | bytes | set | frozenset) or not isinstance(names, Iterable):
+        raise InputError(
+            f"special_tokens is a mapping to ids or a sequence of names, such as ({END_OF_TEXT!r},), not {names!r}."
+        )
     pairs = list(names.items()) if isinstance(names, Mapping) else [(n, first_id + i) for i, n in enumerate(names)]
     for name, token_id in pairs:
+        if not isinstance(name, str):
+            raise InputError(f"The name of a special token is a str, not {name!r}.")
         check_text(name)
         if not isinstance(token_id, Integral):
             raise InputError(f"The special token {name!r} has the id {token_id!r}; an id is a whole number.")

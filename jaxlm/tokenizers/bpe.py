@@ -29,6 +29,7 @@ from jaxlm.tokenizers.base import (
     Tokenizer,
     check_allowed_special,
     check_text,
+    each_text,
     encode_utf8,
     list_of_texts,
     special_token_ids,
@@ -93,8 +94,7 @@ class BPETokenizer(Tokenizer):
         self._bytes_of = dict(zip(ordinary, [*tokens, *self.whole], strict=True))
         self._bytes_of.update({token_id: name.encode() for name, token_id in self.special_tokens.items()})
         self._vocab_size = 1 + max(self._bytes_of)
-        if self._vocab_size > _MOST_IDS:
-            raise InputError(f"The highest id of a BPE vocabulary is below {_MOST_IDS:,}, not {self._vocab_size - 1}.")
+        check_highest_id(self._vocab_size - 1)
         self._workspaces: list[Workspace] = []
 
     @classmethod
@@ -116,7 +116,7 @@ class BPETokenizer(Tokenizer):
 
         Args:
           texts: an iterable of str, read once; memory grows with their different chunks, not with the text.
-          vocab_size: ids in all, special tokens included.
+          vocab_size: ids in all, special tokens included; below 2^24.
           num_threads: None uses all cores.
           on_merge: called with each merge's index, the bytes of its token, and its count, some merges at a time.
 
@@ -124,19 +124,23 @@ class BPETokenizer(Tokenizer):
           InputError: a vocabulary below 256 + special tokens, or above what the text can give (the message names the
             reachable size); a special token in a mapping whose id a merge needs; an unknown split.
         """
+        if not isinstance(vocab_size, Integral):
+            raise InputError(f"The size of a vocabulary is a whole number, not {vocab_size!r}.")
+        if isinstance(special_tokens, Iterator):
+            special_tokens = list(special_tokens)  # they are looked at now, and again when the merges are learned
         num_specials = len(special_token_ids(special_tokens, 256))
         num_merges = vocab_size - 256 - num_specials
         if num_merges < 0:
             raise InputError(
                 f"A byte-level BPE vocabulary has at least {256 + num_specials} ids (256 bytes and {num_specials} "
-                f"special tokens), and {vocab_size} were asked for."
+                f"special tokens), and {vocab_size} were asked for; use a larger one."
             )
-        if isinstance(special_tokens, Mapping):
-            special_token_ids(special_tokens, 256 + num_merges)  # before the work, not after it
+        special_ids = special_token_ids(special_tokens, 256 + num_merges)  # before the work, not after it
+        check_highest_id(max([vocab_size - 1, *special_ids.values()]))
         from jaxlm.tokenizers.bpe_merge import learn
 
         check_split(split, pattern)
-        counts = _count_chunks(texts, split, pattern, num_threads or _num_cores())
+        counts = _count_chunks(texts, split, pattern, _threads(num_threads))
         merges: list[Pair] = []
         tokens = merged_tokens([])
         for pairs, pair_counts in learn(counts, num_merges, rounds=_PROGRESS_ROUNDS if on_merge else 1):
@@ -172,7 +176,7 @@ class BPETokenizer(Tokenizer):
         texts = list_of_texts(texts)
         if allowed_special != "none" and any(name in text for text in texts for name in self.special_tokens):
             return super().encode_batch(texts, allowed_special=allowed_special, flat=flat)
-        parts = _map(self._encode_texts, _blocks(texts), num_threads or _num_cores())
+        parts = _map(self._encode_texts, _blocks(texts), _threads(num_threads))
         ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)]) if len(parts) != 1 else parts[0][0]
         sizes = [np.diff(offsets) for _, offsets in parts]
         offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
@@ -189,7 +193,7 @@ class BPETokenizer(Tokenizer):
         Joined, the arrays are `encode("".join(pieces))`. A text whose chunks have no end (the split "none", a pattern
         of one's own, megabytes without a letter) is held until it ends.
         """
-        num_threads = num_threads or _num_cores()
+        num_threads = _threads(num_threads)
         for blocks in _groups(self._splitter.cut(pieces, _BLOCK, tuple(self.special_tokens)), num_threads):
             batch = self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
             yield from cast("list[IdArray]", batch)
@@ -396,6 +400,14 @@ class BPETokenizer(Tokenizer):
         return tokenizer
 
 
+def check_highest_id(token_id: int) -> None:
+    """Raises InputError for an id beyond what a vocabulary has places for."""
+    if token_id >= _MOST_IDS:
+        raise InputError(
+            f"The highest id of a BPE vocabulary is below {_MOST_IDS:,}, not {token_id:,}; use fewer or lower ids."
+        )
+
+
 def check_split(split: str, pattern: str | None) -> None:
     """Raises InputError for an unknown split, or a pattern that is no regular expression."""
     import regex
@@ -454,8 +466,6 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
     splitter = Splitter(split, pattern)
     idle: list[ChunkCounts] = []
-    if isinstance(texts, str | bytes):
-        raise InputError("Training takes an iterable of texts; put a single text into a list.")
 
     def count(block: list[str]) -> None:
         try:
@@ -467,7 +477,7 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
         idle.append(counts)
 
     def pieces() -> Iterator[str]:
-        for text in texts:
+        for text in each_text(texts):
             yield from splitter.cut([text], _BLOCK)
 
     _map(count, _blocks(pieces()), num_threads)
@@ -523,5 +533,10 @@ def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(asked: int | None) -> int:
+    """So many threads as were asked for, or one a core."""
+    if asked is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not isinstance(asked, Integral) or asked < 1:
+        raise InputError(f"num_threads is a whole number of at least 1, or None for all cores, not {asked!r}.")
+    return asked

@@ -175,6 +175,8 @@ def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: Any, message: st
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
+        (None, "iterable of texts is needed, not NoneType"),
+        (5, "iterable of texts is needed, not int"),
         ("bonjour", "iterable of texts"),
         (b"bonjour", "iterable of texts"),
         ([b"bonjour"], "encodes str, not bytes"),
@@ -208,6 +210,16 @@ def test_ids_that_are_none_are_refused(tokenizer: Tokenizer, ids: Any) -> None:
             method(ids)
     with pytest.raises(InputError):
         tokenizer.token_bytes(ids[-1])
+
+
+@pytest.mark.parametrize("ids", [5, None, 1.5, np.int32(5)])
+def test_what_holds_no_ids_is_refused(tokenizer: Tokenizer, ids: Any) -> None:
+    for method in (tokenizer.decode, tokenizer.decode_bytes, tokenizer.byte_lengths):
+        with pytest.raises(InputError, match="1-D sequence of integers"):
+            method(ids)
+    for batch in ([ids], [[1], ids]):
+        with pytest.raises(InputError, match="1-D sequence of integers"):
+            tokenizer.decode_batch(batch)
 
 
 def test_the_first_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> None:
@@ -269,9 +281,12 @@ def test_a_special_token_in_the_text_is_refused_and_named(tokenizer: Tokenizer) 
     assert tokenizer.decode(tokenizer.encode(f"un{END_OF_TEXT[:-1]}")) == f"un{END_OF_TEXT[:-1]}"
 
 
-def test_a_single_name_for_allowed_special_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match='"all", "none" or a set of names'):
-        tokenizer.encode("un", allowed_special=END_OF_TEXT)
+@pytest.mark.parametrize("allowed", [END_OF_TEXT, None, 5, iter([END_OF_TEXT])])
+def test_what_is_no_collection_of_special_tokens_is_refused(tokenizer: Tokenizer, allowed: Any) -> None:
+    for text in ("un", f"un{END_OF_TEXT}"):
+        for encode in (tokenizer.encode, lambda text, **rest: tokenizer.encode_batch([text], **rest)):
+            with pytest.raises(InputError, match='"all", "none" or a set of names, not'):
+                encode(text, allowed_special=allowed)
 
 
 @given(text=st.lists(st.sampled_from([*SPECIALS, *"ab> \n<☃é", "<a", "<|end"]), max_size=15).map("".join))
@@ -327,14 +342,22 @@ def test_special_tokens_may_leave_gaps() -> None:
         ({"": 300}, "empty"),
         ({"<a>": 256}, "'<a>' has the id 256, which an ordinary token has"),
         ({"<a>": -1}, "'<a>' has the id -1; ids are at least 0"),
-        ("<a>", "put a single name into a tuple"),
+        ("<a>", "sequence of names, such as .*, not '<a>'"),
+        (None, "sequence of names, such as .*, not None"),
+        (5, "sequence of names, such as .*, not 5"),
+        ({"<a>"}, "sequence of names, such as .*, not {'<a>'}"),
+        (frozenset(["<a>"]), "sequence of names, such as .*, not frozenset"),
         (("<\ud800>",), "lone surrogate"),
-        ((b"<a>",), "not bytes"),
+        ((b"<a>",), "The name of a special token is a str, not b'<a>'"),
+        (("<a>", None), "The name of a special token is a str, not None"),
+        ({5: 300}, "The name of a special token is a str, not 5"),
     ],
 )
 def test_special_tokens_that_cannot_be_are_refused(special_tokens: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         BPETokenizer([(97, 98)], special_tokens=special_tokens)
+    with pytest.raises(InputError, match=message):
+        BPETokenizer.train(CORPUS[:1], 290, special_tokens=special_tokens)
 
 
 # ---- save, load, hash

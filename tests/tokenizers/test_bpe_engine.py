@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,36 @@ def test_training_on_a_stream_takes_no_memory_for_the_texts_that_are_done(thread
     BPETokenizer.train(texts(), 300, num_threads=threads)
     megabytes = (max(pages) - pages[0]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     assert megabytes < 40  # of the 90 or more that the texts have
+
+
+def test_a_vocabulary_beyond_the_text_takes_no_memory() -> None:
+    tracemalloc.start()
+    with pytest.raises(InputError, match="at most 258 ids"):
+        BPETokenizer.train(["ab"], 1 << 24)
+    megabytes = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert megabytes < 100  # merges and ids would have 1,000
+
+
+def test_a_vocabulary_of_too_many_ids_is_refused_before_a_text_is_read() -> None:
+    def texts() -> Iterator[str]:
+        pytest.fail("a text was read")
+        yield ""
+
+    with pytest.raises(InputError, match=r"highest id .* is below 16,777,216, not 16,777,216; use fewer"):
+        BPETokenizer.train(texts(), (1 << 24) + 1)
+    with pytest.raises(InputError, match=r"highest id .* not 1,099,511,627,776"):
+        BPETokenizer.train(texts(), 300, special_tokens={"<a>": 1 << 40})
+    for size in ("300", 300.0, None):
+        with pytest.raises(InputError, match=f"size of a vocabulary is a whole number, not {size!r}"):
+            BPETokenizer.train(texts(), size)  # type: ignore[arg-type]
+
+
+def test_special_tokens_may_come_from_an_iterator() -> None:
+    names = ["<b>", "<a>"]
+    assert BPETokenizer([], special_tokens=iter(names)).special_tokens == {"<b>": 256, "<a>": 257}  # type: ignore[arg-type]
+    tokenizer = BPETokenizer.train(["abab"], 259, special_tokens=iter(names))  # type: ignore[arg-type]
+    assert tokenizer.special_tokens == {"<b>": 257, "<a>": 258}
 
 
 def test_many_different_chunks_are_all_counted() -> None:
@@ -202,10 +233,23 @@ def test_a_batch_has_the_ids_of_its_texts(texts: list[str], threads: int, monkey
     assert tokenizer.decode_batch(batch) == texts
 
 
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
+def test_less_than_one_thread_is_refused(threads: Any) -> None:
+    tokenizer = BPETokenizer([])
+    for use in (
+        lambda: BPETokenizer.train(["ab"], 257, num_threads=threads),
+        lambda: tokenizer.encode_batch(["ab"], num_threads=threads),
+        lambda: list(tokenizer.encode_iter(["ab"], num_threads=threads)),
+    ):
+        with pytest.raises(InputError, match=f"at least 1, or None for all cores, not {threads!r}"):
+            use()
+
+
 def test_a_batch_is_a_list_of_texts() -> None:
     tokenizer = BPETokenizer([(97, 98)])
-    with pytest.raises(InputError, match="list of texts"):
-        tokenizer.encode_batch("ab")
+    for bad in ("ab", None, 5):
+        with pytest.raises(InputError, match="iterable of texts is needed, not"):
+            tokenizer.encode_batch(bad)  # type: ignore[arg-type]
     for bad, message in ((["a", "\ud800"], "lone surrogate"), (["a", b"b"], "not bytes"), ([None], "not NoneType")):
         with pytest.raises(InputError, match=message):
             tokenizer.encode_batch(bad, allowed_special="none")  # type: ignore[arg-type]
