@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -96,36 +98,51 @@ class Tokenizer(ABC):
         """Ids of `text`: a 1-D int32 array.
 
         A special token in the text is an error unless it is named in `allowed_special`; "all" gives each its id, and
-        "none" encodes them all as the plain text that they also are. Where several match, the longest is taken.
+        "none" encodes them all as the plain text that they also are. Where several match, the longest is taken, also if
+        it has a shorter one inside that isn't allowed; tiktoken refuses that.
 
         Raises:
           InputError: a lone surrogate, a special token that isn't allowed, or something that is no `str`.
         """
         check_text(text)
         check_allowed_special(allowed_special)
-        if isinstance(allowed_special, str):
-            if allowed_special == "none":
-                return self._encode_ordinary(text)
-            allowed: set[str] = set(self.special_tokens)
-        else:
-            allowed = set(allowed_special)
-        present = [name for name in self.special_tokens if name in text]
-        if not present:
-            return self._encode_ordinary(text)
-        pieces = []
+        arrays = []
+        for piece, token_id in self._cut(text, allowed_special):
+            arrays.append(self._encode_ordinary(piece))
+            if token_id >= 0:
+                arrays.append(np.array([token_id], np.int32))
+        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+    def _cut(self, text: str, allowed_special: AllowedSpecial) -> Iterator[tuple[str, int]]:
+        """The pieces of a text between special tokens, each with the id of the one after it, or -1 at the end."""
         start = 0
-        for match in longest_first(present).finditer(text):
-            name = match.group()
-            if name not in allowed:
-                raise InputError(
-                    f"The text contains the special token {name!r}; pass allowed_special={{{name!r}}} to encode it as "
-                    'that token, or allowed_special="none" to encode it as plain text.'
-                )
-            pieces.append(self._encode_ordinary(text[start : match.start()]))
-            pieces.append(np.array([self.special_tokens[name]], np.int32))
-            start = match.end()
-        pieces.append(self._encode_ordinary(text[start:]))
-        return np.concatenate(pieces)
+        if allowed_special != "none" and self._may_hold_special([text]):
+            check_text(text)  # before it is in pieces, whose characters are numbered otherwise
+            for match in self._special_pattern.finditer(text):
+                name = match.group()
+                if allowed_special != "all" and name not in allowed_special:
+                    raise InputError(
+                        f"The text contains the special token {name!r}; pass allowed_special={{{name!r}}} to encode it "
+                        'as that token, or allowed_special="none" to encode it as plain text.'
+                    )
+                yield text[start : match.start()], self.special_tokens[name]
+                start = match.end()
+        yield text[start:], -1
+
+    def _may_hold_special(self, texts: Iterable[str]) -> bool:
+        """A quick look: False for nearly all texts without special tokens, as they lack the beginnings of any."""
+        return any(beginning in text for text in texts for beginning in self._special_beginnings)
+
+    @cached_property
+    def _special_beginnings(self) -> list[str]:
+        """What all special tokens with the same first character begin with; "", which any text has, if that is much."""
+        groups = itertools.groupby(sorted(self.special_tokens), key=lambda name: name[0])
+        beginnings = [os.path.commonprefix(list(names)) for _, names in groups]  # noqa: RUF071 (of any strings)
+        return beginnings if len(beginnings) < 10 else [""]
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return longest_first(self.special_tokens)
 
     def decode(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
         """Text of a sequence of ids; invalid UTF-8 shows as U+FFFD, special tokens show as their names."""
@@ -247,8 +264,8 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
 
 def check_allowed_special(allowed_special: AllowedSpecial) -> None:
     """Raises InputError for what is neither "all" nor "none" nor a collection of names."""
-    is_word = isinstance(allowed_special, str)
-    if allowed_special not in ("all", "none") if is_word else not isinstance(allowed_special, Collection):
+    words = ("all", "none")
+    if not (allowed_special in words if isinstance(allowed_special, str) else isinstance(allowed_special, Collection)):
         raise InputError(f'allowed_special is "all", "none" or a set of names, not {allowed_special!r}.')
 
 

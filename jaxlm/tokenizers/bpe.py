@@ -116,7 +116,7 @@ class BPETokenizer(Tokenizer):
 
         Args:
           texts: an iterable of str, read once; memory grows with their different chunks, not with the text.
-          vocab_size: ids in all, special tokens included; below 2^24.
+          vocab_size: ids in all, special tokens included; at most 2^24.
           num_threads: None uses all cores.
           on_merge: called with each merge's index, the bytes of its token, and its count, some merges at a time.
 
@@ -171,19 +171,37 @@ class BPETokenizer(Tokenizer):
         flat: bool = False,
         num_threads: int | None = None,
     ) -> list[IdArray] | tuple[IdArray, npt.NDArray[np.int64]]:
-        """As for any tokenizer, on `num_threads` threads (None uses all cores), without the interpreter's lock."""
+        """As for any tokenizer, on `num_threads` threads (None uses all cores), without the interpreter's lock.
+
+        The arrays of a list are views of one that holds the ids of all texts; copy what is to outlive the others.
+        """
         check_allowed_special(allowed_special)
         texts = list_of_texts(texts)
-        if allowed_special != "none" and any(name in text for text in texts for name in self.special_tokens):
-            return super().encode_batch(texts, allowed_special=allowed_special, flat=flat)
-        parts = _map(self._encode_texts, _blocks(texts), _threads(num_threads))
-        ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)]) if len(parts) != 1 else parts[0][0]
-        sizes = [np.diff(offsets) for _, offsets in parts]
-        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
+        num_threads = _threads(num_threads)
+        if allowed_special == "none" or not self._may_hold_special(texts):
+            ids, offsets = self._encode_all(texts, num_threads)
+        else:
+            pieces, after, ends = [], [], [0]
+            for text in texts:
+                for piece, token_id in self._cut(text, allowed_special):
+                    pieces.append(piece)
+                    after.append(token_id)
+                ends.append(len(pieces))
+            ids, offsets = self._encode_all(pieces, num_threads)
+            specials = np.array(after, np.int32)
+            marked = specials >= 0
+            ids = np.insert(ids, offsets[1:][marked], specials[marked])
+            offsets = (offsets + np.append(0, np.cumsum(marked)))[ends]
         if flat:
             return ids, offsets
-        places = offsets.tolist()
-        return [ids[start:end] for start, end in itertools.pairwise(places)]
+        return [ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+
+    def _encode_all(self, texts: Sequence[str], num_threads: int) -> tuple[IdArray, npt.NDArray[np.int64]]:
+        """`_encode_texts` for any number of texts."""
+        parts = _map(self._encode_texts, _blocks(texts), num_threads)
+        ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)]) if len(parts) != 1 else parts[0][0]
+        sizes = [np.diff(offsets) for _, offsets in parts]
+        return ids, np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
 
     def encode_iter(
         self, pieces: Iterable[str], *, allowed_special: AllowedSpecial = (), num_threads: int | None = None

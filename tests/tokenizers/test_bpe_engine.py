@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlm
-from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
+from jaxlm.tokenizers import END_OF_TEXT, BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS, Workspace
 from jaxlm.tokenizers.bpe_kernels import VALUE
@@ -285,6 +285,60 @@ def test_special_tokens_are_treated_as_tiktoken_treats_them(text: str, allowed: 
         assert ids.tolist() == expected
     batch = tokenizer.encode_batch([text, ""], allowed_special=allowed)  # type: ignore[arg-type]
     assert batch[0].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["<|end|>"],
+        ["", "a<|end|>", "<|end|><|end|>\n", "été " * 2000 + "<|", "< |", "", "a b" * 99],
+        [f"{text[:2000]}<|end|>{text}" for text in CORPUS],
+        [*CORPUS, "<|", *CORPUS],
+    ],
+)
+def test_a_batch_with_special_tokens_has_the_ids_of_its_texts(
+    texts: list[str], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = BPETokenizer([(97, 32), (195, 169)], special_tokens=SPECIAL)
+    expected = [tokenizer.encode(text, allowed_special="all").tolist() for text in texts]
+    monkeypatch.setattr(bpe, "_BLOCK", 1_000)
+    monkeypatch.setattr(BPETokenizer, "encode", None)  # which would take one text after another
+    batch = tokenizer.encode_batch(texts, allowed_special="all", num_threads=threads)
+    ids, offsets = tokenizer.encode_batch(texts, allowed_special=SPECIAL, flat=True, num_threads=threads)
+    assert [part.tolist() for part in batch] == expected
+    assert offsets.tolist() == [0, *np.cumsum([len(part) for part in expected]).tolist()]
+    assert ids.tolist() == [i for part in expected for i in part]
+    assert (ids.dtype, offsets.dtype) == (np.int32, np.int64)
+    assert tokenizer.decode_batch(batch) == texts
+    with pytest.raises(InputError, match="contains the special token"):
+        tokenizer.encode_batch(texts)
+
+
+def test_a_batch_with_special_tokens_names_the_place_of_a_surrogate_in_its_text() -> None:
+    tokenizer = BPETokenizer([], special_tokens=SPECIAL)
+    with pytest.raises(InputError, match="at character 8"):
+        tokenizer.encode_batch(["<|end|>a\ud800"], allowed_special="all")
+
+
+@pytest.mark.parametrize(
+    ("names", "beginnings"),
+    [
+        ([], []),
+        ([END_OF_TEXT], [END_OF_TEXT]),
+        ([f"<|reserved_{number}|>" for number in range(300)], ["<|reserved_"]),
+        (["<|a|>", "[B]", "<|b|>", "<s>"], ["<", "[B]"]),
+        ([f"{letter}@" for letter in "abcdefghijkl"], [""]),
+    ],
+)
+def test_many_special_tokens_are_looked_for_at_once(names: list[str], beginnings: list[str]) -> None:
+    tokenizer = BPETokenizer([(32, 32)], split="none", special_tokens=names)
+    assert tokenizer._special_beginnings == beginnings
+    text = "x  ".join(["", *names, "y<|reserved_", "<|"])
+    ids = tokenizer.encode(text, allowed_special="all")
+    assert np.count_nonzero(ids > 256) == len(names)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("x  y", allowed_special="all").tolist() == [120, 256, 121]
 
 
 def test_of_special_tokens_that_begin_alike_the_longest_is_taken() -> None:
