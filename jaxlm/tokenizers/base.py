@@ -7,6 +7,7 @@ is encoded and which bytes an id stands for; special tokens, checks and the cont
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -184,16 +185,12 @@ class Tokenizer(ABC):
             yield rest
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json` into `directory`, under a temporary name first."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        """Writes `tokenizer.json` into `directory`. Raises InputError for a place that can't be written."""
         content = {"kind": self.kind, **self._content()}
         text = json.dumps(
             {"version": self.format_version, "hash": content_hash(content), **content}, ensure_ascii=False, indent=1
         )
-        temporary = directory / f".{TOKENIZER_FILE}.{os.getpid()}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(directory / TOKENIZER_FILE)
+        write_file(Path(directory) / TOKENIZER_FILE, text + "\n")
 
     def _check_ids(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         try:
@@ -318,6 +315,26 @@ def content_hash(content: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def write_file(path: Path, text: str) -> None:
+    """Writes a file, under a temporary name first, and the folders above it.
+
+    Raises:
+      InputError: it can't be there. A full disk is no fault of the place, and stays an OSError.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{path} can't be written: {error.strerror}; choose another place.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `save` wrote into `directory`, of whichever kind it is.
 
@@ -326,11 +343,15 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """
     from jaxlm.tokenizers import TOKENIZER_KINDS
 
+    if not isinstance(directory, str | os.PathLike):
+        raise InputError(f"A tokenizer is loaded from the directory that `save` wrote, not from {directory!r}.")
     path = Path(directory) / TOKENIZER_FILE
     try:
         data = json.loads(path.read_bytes())
         version, stored_hash, kind = data.pop("version"), data.pop("hash"), data["kind"]
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except NotADirectoryError:
+        raise InputError(f"{directory} is no directory; give the directory that `save` wrote.") from None
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"There is no tokenizer at {path}; give the directory that `save` wrote.") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import regex
 
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, write_file
 from jaxlm.tokenizers.bpe import BPETokenizer, merged_tokens
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 
@@ -124,7 +124,7 @@ def _check_ranks(items: Iterable[tuple[Any, Any]]) -> dict[bytes, int]:
 def write_tiktoken(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> None:
     """See `BPETokenizer.to_tiktoken`. Raises InputError where tiktoken would give other ids."""
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _ranks(tokenizer).items()]
-    _write(path, "".join(lines))
+    write_file(Path(path), "".join(lines))
 
 
 def tiktoken_encoding(tokenizer: BPETokenizer, name: str) -> Any:
@@ -281,7 +281,7 @@ def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> 
         "decoder": byte_level,
         "model": model,
     }
-    _write(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+    write_file(Path(path), json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
 
 def _byte_characters() -> list[str]:
@@ -439,14 +439,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}.") from None
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file under a temporary name first."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -383,6 +384,34 @@ def test_a_saved_tokenizer_comes_back_as_itself(tokenizer: Tokenizer, tmp_path: 
         assert loaded.decode(ids) == text
 
 
+def test_a_place_where_nothing_can_be_saved_is_refused_and_left_as_it_was(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "tokenizer.json").mkdir(parents=True)
+    for directory in ("file", "file/below", "folder"):
+        with pytest.raises(InputError, match=r"tokenizer\.json can't be written: .*; choose another place\.$"):
+            tokenizer.save(tmp_path / directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails_with(PermissionError(errno.EACCES, "Permission denied")))
+        with pytest.raises(InputError, match="can't be written: Permission denied"):
+            tokenizer.save(tmp_path / "new")
+        patch.setattr(Path, "replace", fails_with(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            tokenizer.save(tmp_path / "new")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "file", "folder", "folder/tokenizer.json", "new"
+    ]  # fmt: skip
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def fails_with(error: OSError) -> Callable[..., Any]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
+
+
 def test_special_tokens_come_back_with_their_ids_and_order(tmp_path: Path) -> None:
     tokenizer = BPETokenizer([(97, 98)], special_tokens={"<b\n☃>": 300, '"a"': 260})
     tokenizer.save(tmp_path)
@@ -421,9 +450,16 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> No
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     CharTokenizer.train(["un"]).save(tmp_path / "saved")
-    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "saved" / "tokenizer.json"):
-        with pytest.raises(InputError, match="give the directory that `save` wrote"):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=r"no tokenizer at .*; give the directory that `save` wrote"):
             load_tokenizer(path)
+    with pytest.raises(
+        InputError, match=r"saved/tokenizer\.json is no directory; give the directory that `save` wrote"
+    ):
+        load_tokenizer(tmp_path / "saved" / "tokenizer.json")
+    for nothing in (None, 5):
+        with pytest.raises(InputError, match=f"from the directory that `save` wrote, not from {nothing}"):
+            load_tokenizer(nothing)  # type: ignore[arg-type]
 
 
 def test_another_version_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:

@@ -738,11 +738,14 @@ def test_a_merge_that_is_never_made_beside_whole_chunks_is_refused(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     for write in (trained("gpt4").to_tiktoken, trained("gpt4").to_huggingface):
-        with pytest.raises(InputError, match="is a folder"):
-            write(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        for path in (tmp_path, ".", "file/below"):
+            with pytest.raises(InputError, match=r"can't be written: .*; choose another place\.$"):
+                write(path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_pattern_that_tiktoken_cannot_read_is_refused() -> None:
@@ -752,10 +755,11 @@ def test_a_pattern_that_tiktoken_cannot_read_is_refused() -> None:
 
 
 def test_an_encoding_without_tiktoken_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = in_tiktoken("gpt4")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(InputError, match="pip install tiktoken"):
         trained("gpt4").to_tiktoken_encoding()
-    assert BPETokenizer.from_tiktoken(in_tiktoken("gpt4")).hash == trained("gpt4").hash
+    assert BPETokenizer.from_tiktoken(source).hash == trained("gpt4").hash
 
 
 def test_random_tokens_of_a_vocabulary_meet_every_merge() -> None:
