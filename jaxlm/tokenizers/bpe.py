@@ -161,6 +161,17 @@ class BPETokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return self._vocab_size
 
+    def __repr__(self) -> str:
+        split = f"split {self.split}" if self.pattern is None else f"pattern {self.pattern!r}"
+        specials = f"{len(self.special_tokens)} special token{'s' * (len(self.special_tokens) != 1)}"
+        return f"{type(self).__name__}({self.vocab_size} ids, {split}, {specials})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: not the megabytes that are made again where they are needed."""
+        made_again = {name for name, value in vars(type(self)).items() if isinstance(value, cached_property)}
+        kept = {name: value for name, value in self.__dict__.items() if name not in made_again}
+        return kept | {"_workspaces": []}
+
     # ---- encoding
 
     def encode_batch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import re
 from collections import Counter
@@ -194,6 +196,28 @@ def test_merges_may_be_lists_or_rows(merges: Any) -> None:
     assert tokenizer.merges == [(97, 98), (256, 99)]
     assert tokenizer.hash == BPETokenizer([(97, 98), (256, 99)]).hash
     assert tokenizer.encode("abcab").tolist() == [257, 256]
+
+
+def test_a_tokenizer_says_what_it_is() -> None:
+    assert repr(BPETokenizer([(97, 98)])) == "BPETokenizer(258 ids, split gpt4, 1 special token)"
+    assert (
+        repr(BPETokenizer([], split="none", special_tokens=())) == "BPETokenizer(256 ids, split none, 0 special tokens)"
+    )
+    assert repr(BPETokenizer([], pattern=r"\S|\s")) == r"BPETokenizer(257 ids, pattern '\\S|\\s', 1 special token)"
+
+
+def test_a_copy_takes_along_nothing_that_can_be_made_again() -> None:
+    tokenizer = BPETokenizer.train(CORPUS, 400)
+    text = f"{CORPUS[0]}{END_OF_TEXT}"
+    ids = tokenizer.encode(text, allowed_special="all")
+    assert tokenizer.decode(ids) == text
+    data = pickle.dumps(tokenizer)
+    assert len(data) < 20_000
+    for same in (pickle.loads(data), copy.copy(tokenizer), copy.deepcopy(tokenizer)):
+        assert same.hash == tokenizer.hash
+        assert same.encode(text, allowed_special="all").tolist() == ids.tolist()
+        assert same.decode(ids) == text
+        assert same._workspaces is not tokenizer._workspaces
 
 
 # ---- watching it learn
