@@ -247,9 +247,9 @@ def test_less_than_one_thread_is_refused(threads: Any) -> None:
 
 def test_a_batch_is_a_list_of_texts() -> None:
     tokenizer = BPETokenizer([(97, 98)])
-    for bad in ("ab", None, 5):
+    for nothing in ("ab", None, 5):
         with pytest.raises(InputError, match="iterable of texts is needed, not"):
-            tokenizer.encode_batch(bad)  # type: ignore[arg-type]
+            tokenizer.encode_batch(nothing)  # type: ignore[arg-type]
     for bad, message in ((["a", "\ud800"], "lone surrogate"), (["a", b"b"], "not bytes"), ([None], "not NoneType")):
         with pytest.raises(InputError, match=message):
             tokenizer.encode_batch(bad, allowed_special="none")  # type: ignore[arg-type]
@@ -439,7 +439,7 @@ def test_an_id_that_is_none_is_refused_when_it_comes(bad: int, message: str) -> 
 def test_ids_of_their_own_and_whole_chunks(tmp_path: Path) -> None:
     order = [*range(255, -1, -1), 900, 901]
     tokenizer = BPETokenizer(
-        [(97, 98), (256, 99)], ids=order, whole={b"chat": np.int64(700), b" quatre-vingt-dix-neuf": 701, b" " * 70: 702}
+        [(97, 98), (256, 99)], ids=order, whole={b"chat": 700, b" quatre-vingt-dix-neuf": 701, b" " * 70: 702}
     )
     assert tokenizer.encode("abcab").tolist() == [901, 900]
     assert tokenizer.encode("a chat").tolist() == [255 - byte for byte in b"a chat"]  # a part of a chunk is no chunk
@@ -608,3 +608,4 @@ def test_ragged_ids_and_ids_that_are_no_whole_numbers_are_refused() -> None:
     with pytest.raises(InputError, match=r"id 300\.5; an id is a whole number"):
         BPETokenizer([], special_tokens={"a": 300.5})  # type: ignore[dict-item]
     assert BPETokenizer([], special_tokens={"a": np.int64(300)}).special_tokens == {"a": 300}  # type: ignore[dict-item]
+    assert type(BPETokenizer([], whole={b"ab": np.int64(300)}).whole[b"ab"]) is int  # type: ignore[dict-item]
