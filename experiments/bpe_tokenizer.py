@@ -38,7 +38,7 @@ class Config:
     vocab_size: int = 1_000  # 256 bytes, the merges, and end-of-text
     steps: int | None = None  # learn so many merges instead: the vocabulary is 257 + steps
     split: str = "gpt4"  # how text is cut into chunks before BPE: gpt2, gpt4, o200k or none
-    explain: str | None = None  # show how this text is encoded, merge by merge, by the tokenizer of the workdir
+    explain: str | None = None  # show how this text is encoded by the tokenizer of the workdir, or by a new one
     sentences: int = 3  # held-out sentences shown in coloured tokens
 
     def __post_init__(self) -> None:
@@ -59,12 +59,20 @@ def main(config: Config) -> None:
     check_writable(Path(config.workdir))
     if (Path(config.workdir) / "config.json").exists():
         raise InputError(f"{config.workdir} holds a training run; choose another --workdir.")
-    if config.explain is not None and (Path(config.workdir) / "tokenizer.json").exists():
-        explain(load_tokenizer(config.workdir), config)
+    vocab_size = config.vocab_size if config.steps is None else 257 + config.steps
+    stored = load_tokenizer(config.workdir) if (Path(config.workdir) / "tokenizer.json").exists() else None
+    as_asked = isinstance(stored, BPETokenizer) and (stored.vocab_size, stored.split) == (vocab_size, config.split)
+    another = f"{config.workdir} holds another tokenizer; choose another --workdir or remove it."
+    if stored is not None and config.explain is not None:
+        if not as_asked:
+            asked = f"not one of {vocab_size} ids with the split {config.split}"
+            console.print(f"{config.workdir} holds {stored}, {asked}.", style="yellow", markup=False)
+        explain(stored, config)
         return
+    if stored is not None and not as_asked:
+        raise InputError(another)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
-    vocab_size = config.vocab_size if config.steps is None else 257 + config.steps
     train_texts = list(train_documents(corpus, survey))
     held_out_texts = list(held_out_documents(corpus, survey))
 
@@ -73,6 +81,8 @@ def main(config: Config) -> None:
         bpe.save(config.workdir)
         explain(bpe, config)
         return
+    if stored is not None and stored.hash != bpe.hash:  # of another corpus
+        raise InputError(another)
     tokenizers: dict[str, Tokenizer] = {"characters": CharTokenizer.train(train_texts), f"BPE {config.split}": bpe}
     for model_type in ("bpe", "unigram"):
         try:
@@ -82,8 +92,6 @@ def main(config: Config) -> None:
         except InputError as error:  # its smallest and largest vocabularies are its own
             console.print(f"SentencePiece {model_type} is left out: {error}", style="yellow", markup=False)
 
-    if (Path(config.workdir) / "tokenizer.json").exists() and load_tokenizer(config.workdir).hash != bpe.hash:
-        raise InputError(f"{config.workdir} holds another tokenizer; choose another --workdir or remove it.")
     bpe.save(config.workdir)
     console.print()
     console.print(compression_table(tokenizers, held_out_texts))

@@ -83,5 +83,5 @@ def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # in which rich sees no markup
     return table

@@ -6,13 +6,17 @@ is encoded and which bytes an id stands for; special tokens, checks and the cont
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -95,36 +99,51 @@ class Tokenizer(ABC):
         """Ids of `text`: a 1-D int32 array.
 
         A special token in the text is an error unless it is named in `allowed_special`; "all" gives each its id, and
-        "none" encodes them all as the plain text that they also are. Where several match, the longest is taken.
+        "none" encodes them all as the plain text that they also are. Where several match, the longest is taken, also if
+        it has a shorter one inside that isn't allowed; tiktoken refuses that.
 
         Raises:
           InputError: a lone surrogate, a special token that isn't allowed, or something that is no `str`.
         """
         check_text(text)
         check_allowed_special(allowed_special)
-        if isinstance(allowed_special, str):
-            if allowed_special == "none":
-                return self._encode_ordinary(text)
-            allowed: set[str] = set(self.special_tokens)
-        else:
-            allowed = set(allowed_special)
-        present = [name for name in self.special_tokens if name in text]
-        if not present:
-            return self._encode_ordinary(text)
-        pieces = []
+        arrays = []
+        for piece, token_id in self._cut(text, allowed_special):
+            arrays.append(self._encode_ordinary(piece))
+            if token_id >= 0:
+                arrays.append(np.array([token_id], np.int32))
+        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+    def _cut(self, text: str, allowed_special: AllowedSpecial) -> Iterator[tuple[str, int]]:
+        """The pieces of a text between special tokens, each with the id of the one after it, or -1 at the end."""
         start = 0
-        for match in longest_first(present).finditer(text):
-            name = match.group()
-            if name not in allowed:
-                raise InputError(
-                    f"The text contains the special token {name!r}; pass allowed_special={{{name!r}}} to encode it as "
-                    'that token, or allowed_special="none" to encode it as plain text.'
-                )
-            pieces.append(self._encode_ordinary(text[start : match.start()]))
-            pieces.append(np.array([self.special_tokens[name]], np.int32))
-            start = match.end()
-        pieces.append(self._encode_ordinary(text[start:]))
-        return np.concatenate(pieces)
+        if allowed_special != "none" and self._may_hold_special([text]):
+            check_text(text)  # before it is in pieces, whose characters are numbered otherwise
+            for match in self._special_pattern.finditer(text):
+                name = match.group()
+                if allowed_special != "all" and name not in allowed_special:
+                    raise InputError(
+                        f"The text contains the special token {name!r}; pass allowed_special={{{name!r}}} to encode it "
+                        'as that token, or allowed_special="none" to encode it as plain text.'
+                    )
+                yield text[start : match.start()], self.special_tokens[name]
+                start = match.end()
+        yield text[start:], -1
+
+    def _may_hold_special(self, texts: Iterable[str]) -> bool:
+        """A quick look: False for nearly all texts without special tokens, as they lack the beginnings of any."""
+        return any(beginning in text for text in texts for beginning in self._special_beginnings)
+
+    @cached_property
+    def _special_beginnings(self) -> list[str]:
+        """What all special tokens with the same first character begin with; "", which any text has, if that is much."""
+        groups = itertools.groupby(sorted(self.special_tokens), key=lambda name: name[0])
+        beginnings = [os.path.commonprefix(list(names)) for _, names in groups]  # noqa: RUF071 (of any strings)
+        return beginnings if len(beginnings) < 10 else [""]
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return longest_first(self.special_tokens)
 
     def decode(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
         """Text of a sequence of ids; invalid UTF-8 shows as U+FFFD, special tokens show as their names."""
@@ -166,21 +185,17 @@ class Tokenizer(ABC):
             yield rest
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json` into `directory`, under a temporary name first."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        """Writes `tokenizer.json` into `directory`. Raises InputError for a place that can't be written."""
         content = {"kind": self.kind, **self._content()}
         text = json.dumps(
             {"version": self.format_version, "hash": content_hash(content), **content}, ensure_ascii=False, indent=1
         )
-        temporary = directory / f".{TOKENIZER_FILE}.{os.getpid()}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(directory / TOKENIZER_FILE)
+        write_file(Path(directory) / TOKENIZER_FILE, text + "\n")
 
     def _check_ids(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         try:
             array = np.asarray(ids if isinstance(ids, np.ndarray | Sequence) else list(ids))
-        except (ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError("Ids are a 1-D sequence of integers.") from None
         if array.size == 0:
             return np.zeros(0, np.int64)
@@ -229,26 +244,31 @@ def _surrogate(text: str, error: UnicodeEncodeError) -> InputError:
     )
 
 
-def check_texts(texts: Iterable[str]) -> Iterable[str]:
-    """The texts of a training corpus, each checked; a bare `str` is refused, since iterating it gives characters."""
-    if isinstance(texts, str | bytes):
-        raise InputError("Training takes an iterable of texts; put a single text into a list.")
-    for text in texts:
+def each_text(texts: Iterable[str]) -> Iterator[str]:
+    """Texts, one by one. Raises InputError for a bare `str`, whose items are characters, and what holds no items."""
+    if not isinstance(texts, str | bytes):
+        with contextlib.suppress(TypeError):
+            return iter(texts)
+    raise InputError(f"An iterable of texts is needed, not {type(texts).__name__}; put a single text into a list.")
+
+
+def check_texts(texts: Iterable[str]) -> Iterator[str]:
+    """The texts of a training corpus, each checked."""
+    for text in each_text(texts):
         check_text(text)
         yield text
 
 
 def check_allowed_special(allowed_special: AllowedSpecial) -> None:
-    """Raises InputError for a `str` that is neither "all" nor "none"."""
-    if isinstance(allowed_special, str) and allowed_special not in ("all", "none"):
+    """Raises InputError for what is neither "all" nor "none" nor a collection of names."""
+    words = ("all", "none")
+    if not (allowed_special in words if isinstance(allowed_special, str) else isinstance(allowed_special, Collection)):
         raise InputError(f'allowed_special is "all", "none" or a set of names, not {allowed_special!r}.')
 
 
 def list_of_texts(texts: Iterable[str]) -> list[str]:
-    """The texts of a batch. Raises InputError for a bare `str`, whose items are characters, and what is no `str`."""
-    if isinstance(texts, str | bytes):
-        raise InputError("A batch is a list of texts; put a single text into a list.")
-    texts = list(texts)
+    """The texts of a batch. Raises InputError as `each_text` does, and for what is no `str`."""
+    texts = list(each_text(texts))
     if not set(map(type, texts)) <= {str}:
         for text in texts:
             check_text(text)
@@ -261,13 +281,18 @@ def special_token_ids(
     """Special tokens as a mapping name -> id: those of a mapping as they are, those of a sequence from `first_id` on.
 
     Raises:
-      InputError: an empty name, a name or an id twice, a negative id, or one in `taken` (None: all below `first_id`).
+      InputError: an empty name, a name or an id twice, a negative id, or one in `taken` (None: all below `first_id`);
+        a bare `str`, a set, whose names have no order, or what holds no names at all.
     """
     taken = range(first_id) if taken is None else taken
-    if isinstance(names, str):
-        raise InputError("special_tokens is a sequence of names or a mapping to ids; put a single name into a tuple.")
+    if isinstance(names, str | bytes | set | frozenset) or not isinstance(names, Iterable):
+        raise InputError(
+            f"special_tokens is a mapping to ids or a sequence of names, such as ({END_OF_TEXT!r},), not {names!r}."
+        )
     pairs = list(names.items()) if isinstance(names, Mapping) else [(n, first_id + i) for i, n in enumerate(names)]
     for name, token_id in pairs:
+        if not isinstance(name, str):
+            raise InputError(f"The name of a special token is a str, not {name!r}.")
         check_text(name)
         if not isinstance(token_id, Integral):
             raise InputError(f"The special token {name!r} has the id {token_id!r}; an id is a whole number.")
@@ -290,6 +315,26 @@ def content_hash(content: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def write_file(path: Path, text: str) -> None:
+    """Writes a file, under a temporary name first, and the folders above it.
+
+    Raises:
+      InputError: it can't be there. A full disk is no fault of the place, and stays an OSError.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{path} can't be written: {error.strerror}; choose another place.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `save` wrote into `directory`, of whichever kind it is.
 
@@ -298,11 +343,15 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """
     from jaxlm.tokenizers import TOKENIZER_KINDS
 
+    if not isinstance(directory, str | os.PathLike):
+        raise InputError(f"A tokenizer is loaded from the directory that `save` wrote, not from {directory!r}.")
     path = Path(directory) / TOKENIZER_FILE
     try:
         data = json.loads(path.read_bytes())
         version, stored_hash, kind = data.pop("version"), data.pop("hash"), data["kind"]
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except NotADirectoryError:
+        raise InputError(f"{directory} is no directory; give the directory that `save` wrote.") from None
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"There is no tokenizer at {path}; give the directory that `save` wrote.") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None

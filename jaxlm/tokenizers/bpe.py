@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -26,6 +28,8 @@ from jaxlm.tokenizers.base import (
     InputError,
     Tokenizer,
     check_allowed_special,
+    check_text,
+    each_text,
     encode_utf8,
     list_of_texts,
     special_token_ids,
@@ -71,22 +75,26 @@ class BPETokenizer(Tokenizer):
         check_split(split, pattern)
         self.split = split
         self.pattern = pattern
-        self.merges = list(merges)
-        self.whole = dict(whole or {})
+        self.merges = pairs_of_symbols(merges)
+        self.whole: dict[bytes, int] = {}
+        for chunk, token_id in (whole or {}).items():
+            if not isinstance(chunk, bytes) or not chunk or not isinstance(token_id, Integral):
+                raise InputError(f"A whole chunk is at least one byte and has an id, not {chunk!r} and {token_id!r}.")
+            self.whole[chunk] = int(token_id)
         tokens = merged_tokens(self.merges)
-        self.ids = list(range(len(tokens))) if ids is None else [int(token_id) for token_id in ids]
+        try:
+            self.ids = list(range(len(tokens)) if ids is None else map(operator.index, ids))
+        except TypeError:
+            raise InputError("The ids of the symbols are a sequence of whole numbers, one for each.") from None
         ordinary = [*self.ids, *self.whole.values()]
         taken = set(ordinary)
         if len(self.ids) != len(tokens) or len(taken) != len(ordinary) or min(taken) < 0:
             raise InputError("Each byte, merge and whole chunk of a BPE vocabulary has one id of its own, at least 0.")
-        if b"" in self.whole:
-            raise InputError("A whole chunk of a BPE vocabulary has at least one byte.")
         self.special_tokens = special_token_ids(special_tokens, 1 + max(taken), taken)
         self._bytes_of = dict(zip(ordinary, [*tokens, *self.whole], strict=True))
         self._bytes_of.update({token_id: name.encode() for name, token_id in self.special_tokens.items()})
         self._vocab_size = 1 + max(self._bytes_of)
-        if self._vocab_size > _MOST_IDS:
-            raise InputError(f"The highest id of a BPE vocabulary is below {_MOST_IDS:,}, not {self._vocab_size - 1}.")
+        check_highest_id(self._vocab_size - 1)
         self._workspaces: list[Workspace] = []
 
     @classmethod
@@ -108,7 +116,7 @@ class BPETokenizer(Tokenizer):
 
         Args:
           texts: an iterable of str, read once; memory grows with their different chunks, not with the text.
-          vocab_size: ids in all, special tokens included.
+          vocab_size: ids in all, special tokens included; at most 2^24.
           num_threads: None uses all cores.
           on_merge: called with each merge's index, the bytes of its token, and its count, some merges at a time.
 
@@ -116,19 +124,23 @@ class BPETokenizer(Tokenizer):
           InputError: a vocabulary below 256 + special tokens, or above what the text can give (the message names the
             reachable size); a special token in a mapping whose id a merge needs; an unknown split.
         """
+        if not isinstance(vocab_size, Integral):
+            raise InputError(f"The size of a vocabulary is a whole number, not {vocab_size!r}.")
+        if isinstance(special_tokens, Iterator):
+            special_tokens = list(special_tokens)  # they are looked at now, and again when the merges are learned
         num_specials = len(special_token_ids(special_tokens, 256))
         num_merges = vocab_size - 256 - num_specials
         if num_merges < 0:
             raise InputError(
                 f"A byte-level BPE vocabulary has at least {256 + num_specials} ids (256 bytes and {num_specials} "
-                f"special tokens), and {vocab_size} were asked for."
+                f"special tokens), and {vocab_size} were asked for; use a larger one."
             )
-        if isinstance(special_tokens, Mapping):
-            special_token_ids(special_tokens, 256 + num_merges)  # before the work, not after it
+        special_ids = special_token_ids(special_tokens, 256 + num_merges)  # before the work, not after it
+        check_highest_id(max([vocab_size - 1, *special_ids.values()]))
         from jaxlm.tokenizers.bpe_merge import learn
 
         check_split(split, pattern)
-        counts = _count_chunks(texts, split, pattern, num_threads or _num_cores())
+        counts = _count_chunks(texts, split, pattern, _threads(num_threads))
         merges: list[Pair] = []
         tokens = merged_tokens([])
         for pairs, pair_counts in learn(counts, num_merges, rounds=_PROGRESS_ROUNDS if on_merge else 1):
@@ -149,6 +161,17 @@ class BPETokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return self._vocab_size
 
+    def __repr__(self) -> str:
+        split = f"split {self.split}" if self.pattern is None else f"pattern {self.pattern!r}"
+        specials = f"{len(self.special_tokens)} special token{'s' * (len(self.special_tokens) != 1)}"
+        return f"{type(self).__name__}({self.vocab_size} ids, {split}, {specials})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: not the megabytes that are made again where they are needed."""
+        made_again = {name for name, value in vars(type(self)).items() if isinstance(value, cached_property)}
+        kept = {name: value for name, value in self.__dict__.items() if name not in made_again}
+        return kept | {"_workspaces": []}
+
     # ---- encoding
 
     def encode_batch(
@@ -159,19 +182,37 @@ class BPETokenizer(Tokenizer):
         flat: bool = False,
         num_threads: int | None = None,
     ) -> list[IdArray] | tuple[IdArray, npt.NDArray[np.int64]]:
-        """As for any tokenizer, on `num_threads` threads (None uses all cores), without the interpreter's lock."""
+        """As for any tokenizer, on `num_threads` threads (None uses all cores), without the interpreter's lock.
+
+        The arrays of a list are views of one that holds the ids of all texts; copy what is to outlive the others.
+        """
         check_allowed_special(allowed_special)
         texts = list_of_texts(texts)
-        if allowed_special != "none" and any(name in text for text in texts for name in self.special_tokens):
-            return super().encode_batch(texts, allowed_special=allowed_special, flat=flat)
-        parts = _map(self._encode_texts, _blocks(texts), num_threads or _num_cores())
-        ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)]) if len(parts) != 1 else parts[0][0]
-        sizes = [np.diff(offsets) for _, offsets in parts]
-        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
+        num_threads = _threads(num_threads)
+        if allowed_special == "none" or not self._may_hold_special(texts):
+            ids, offsets = self._encode_all(texts, num_threads)
+        else:
+            pieces, after, ends = [], [], [0]
+            for text in texts:
+                for piece, token_id in self._cut(text, allowed_special):
+                    pieces.append(piece)
+                    after.append(token_id)
+                ends.append(len(pieces))
+            ids, offsets = self._encode_all(pieces, num_threads)
+            specials = np.array(after, np.int32)
+            marked = specials >= 0
+            ids = np.insert(ids, offsets[1:][marked], specials[marked])
+            offsets = (offsets + np.append(0, np.cumsum(marked)))[ends]
         if flat:
             return ids, offsets
-        places = offsets.tolist()
-        return [ids[start:end] for start, end in itertools.pairwise(places)]
+        return [ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+
+    def _encode_all(self, texts: Sequence[str], num_threads: int) -> tuple[IdArray, npt.NDArray[np.int64]]:
+        """`_encode_texts` for any number of texts."""
+        parts = _map(self._encode_texts, _blocks(texts), num_threads)
+        ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)]) if len(parts) != 1 else parts[0][0]
+        sizes = [np.diff(offsets) for _, offsets in parts]
+        return ids, np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
 
     def encode_iter(
         self, pieces: Iterable[str], *, allowed_special: AllowedSpecial = (), num_threads: int | None = None
@@ -181,7 +222,7 @@ class BPETokenizer(Tokenizer):
         Joined, the arrays are `encode("".join(pieces))`. A text whose chunks have no end (the split "none", a pattern
         of one's own, megabytes without a letter) is held until it ends.
         """
-        num_threads = num_threads or _num_cores()
+        num_threads = _threads(num_threads)
         for blocks in _groups(self._splitter.cut(pieces, _BLOCK, tuple(self.special_tokens)), num_threads):
             batch = self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
             yield from cast("list[IdArray]", batch)
@@ -316,7 +357,8 @@ class BPETokenizer(Tokenizer):
         An Encoding brings its own split and special tokens; else they are "gpt4" and none, unless given. Ids are kept.
 
         Raises:
-          InputError: a byte that has no rank, a rank that two tokens have, or a file that is none.
+          InputError: a byte that has no rank, a rank that two tokens have, a file that is none, or a pattern that
+            tiktoken may read otherwise.
         """
         from jaxlm.tokenizers.formats import read_tiktoken
 
@@ -329,7 +371,11 @@ class BPETokenizer(Tokenizer):
         write_tiktoken(self, path)
 
     def to_tiktoken_encoding(self, name: str = "jaxlm") -> Any:
-        """The same tokenizer as a `tiktoken.Encoding`. Needs the package tiktoken."""
+        """The same tokenizer as a `tiktoken.Encoding`. Needs the package tiktoken.
+
+        Raises:
+          InputError: a vocabulary or a pattern with which tiktoken might give other ids.
+        """
         from jaxlm.tokenizers.formats import tiktoken_encoding
 
         return tiktoken_encoding(self, name)
@@ -383,18 +429,43 @@ class BPETokenizer(Tokenizer):
         return tokenizer
 
 
+def check_highest_id(token_id: int) -> None:
+    """Raises InputError for an id beyond what a vocabulary has places for."""
+    if token_id >= _MOST_IDS:
+        raise InputError(
+            f"The highest id of a BPE vocabulary is below {_MOST_IDS:,}, not {token_id:,}; use fewer or lower ids."
+        )
+
+
 def check_split(split: str, pattern: str | None) -> None:
     """Raises InputError for an unknown split, or a pattern that is no regular expression."""
     import regex
 
+    if split not in SPLIT_PATTERNS:
+        raise InputError(f"There is no split {split!r}; known are {', '.join(SPLIT_PATTERNS)}.")
     if pattern is None:
-        if split not in SPLIT_PATTERNS:
-            raise InputError(f"There is no split {split!r}; known are {', '.join(SPLIT_PATTERNS)}.")
         return
+    if not isinstance(pattern, str):
+        raise InputError(f"A pattern is a regular expression as a str, not {pattern!r}.")
+    check_text(pattern)
     try:
         regex.compile(pattern)
     except regex.error as error:
         raise InputError(f"The pattern {pattern!r} is no regular expression: {error}.") from None
+    except RecursionError:
+        raise InputError(f"The pattern of {len(pattern):,} characters has too many groups inside each other.") from None
+
+
+def pairs_of_symbols(merges: Iterable[Iterable[int]]) -> list[Pair]:
+    """Merges as tuples of two ints. Raises InputError for one that isn't a pair of whole numbers."""
+    pairs = []
+    for index, merge in enumerate(merges):
+        try:
+            left, right = map(operator.index, merge)
+        except (TypeError, ValueError):
+            raise InputError(f"Merge {index} is {merge!r}, not a pair of symbols, which are whole numbers.") from None
+        pairs.append((left, right))
+    return pairs
 
 
 def merged_tokens(merges: Sequence[Pair]) -> list[bytes]:
@@ -407,9 +478,9 @@ def merged_tokens(merges: Sequence[Pair]) -> list[bytes]:
     index_of: dict[Pair, int] = {}
     for index, pair in enumerate(merges):
         if not (0 <= pair[0] < len(tokens) and 0 <= pair[1] < len(tokens)):
-            raise InputError(f"Merge {index} joins the ids {pair}, which don't both exist before it.")
+            raise InputError(f"Merge {index} joins the symbols {pair}, which don't both exist before it.")
         if index_of.setdefault(pair, index) != index:
-            raise InputError(f"Merge {index} joins the ids {pair}, as merge {index_of[pair]} does already.")
+            raise InputError(f"Merge {index} joins the symbols {pair}, as merge {index_of[pair]} does already.")
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
     return tokens
 
@@ -424,8 +495,6 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
     splitter = Splitter(split, pattern)
     idle: list[ChunkCounts] = []
-    if isinstance(texts, str | bytes):
-        raise InputError("Training takes an iterable of texts; put a single text into a list.")
 
     def count(block: list[str]) -> None:
         try:
@@ -437,7 +506,7 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
         idle.append(counts)
 
     def pieces() -> Iterator[str]:
-        for text in texts:
+        for text in each_text(texts):
             yield from splitter.cut([text], _BLOCK)
 
     _map(count, _blocks(pieces()), num_threads)
@@ -493,5 +562,10 @@ def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(asked: int | None) -> int:
+    """So many threads as were asked for, or one a core."""
+    if asked is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not isinstance(asked, Integral) or asked < 1:
+        raise InputError(f"num_threads is a whole number of at least 1, or None for all cores, not {asked!r}.")
+    return asked

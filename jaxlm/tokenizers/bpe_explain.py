@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from jaxlm.tokenizers.base import visible
 from jaxlm.tokenizers.bpe_reference import Pair, merge
@@ -26,21 +27,22 @@ def explanation(tokenizer: BPETokenizer, text: str) -> Table:
     table.add_column("so far", overflow="fold")
     table.add_column("ids", overflow="fold", style="cyan")
 
-    def show(symbols: list[int]) -> tuple[str, str]:
-        ids = [tokenizer.ids[symbol] for symbol in symbols]
-        return "│".join(visible(tokenizer.token_bytes(i)) for i in ids), " ".join(map(str, ids))
+    def shown(*symbols: int, between: str = "│") -> Text:
+        """As Text, in which rich sees neither markup nor emoji."""
+        return Text(between.join(visible(tokenizer.token_bytes(tokenizer.ids[symbol])) for symbol in symbols))
+
+    def ids(symbols: list[int]) -> str:
+        return " ".join(str(tokenizer.ids[symbol]) for symbol in symbols)
 
     for chunk in tokenizer.chunks(text):
         if chunk in tokenizer.whole:
-            token_id = tokenizer.whole[chunk]
-            table.add_row(visible(chunk), "", "a token as a whole", visible(chunk), str(token_id), end_section=True)
+            whole = Text(visible(chunk))
+            table.add_row(whole, "", "a token as a whole", whole, str(tokenizer.whole[chunk]), end_section=True)
             continue
-        so_far, ids = show(list(chunk))
-        table.add_row(visible(chunk), "", f"{len(chunk)} byte{'s' * (len(chunk) > 1)}", so_far, ids)
+        size = f"{len(chunk)} byte{'s' * (len(chunk) > 1)}"
+        table.add_row(Text(visible(chunk)), "", size, shown(*chunk), ids(list(chunk)))
         for pair, symbols in _merges(list(chunk), rank):
-            left, right = (visible(tokenizer.token_bytes(tokenizer.ids[symbol])) for symbol in pair)
-            so_far, ids = show(symbols)
-            table.add_row("", f"{rank[pair] + 1:,}", f"{left} + {right}", so_far, ids)
+            table.add_row("", f"{rank[pair] + 1:,}", shown(*pair, between=" + "), shown(*symbols), ids(symbols))
         table.add_section()
     return table
 

@@ -52,7 +52,8 @@ class _Notice(event.Listener):
     given = False
 
     def on_start(self, event: event.Event) -> None:
-        if event.data["dispatcher"].py_func.__module__.startswith(__package__) and not _Notice.given:
+        module = event.data["dispatcher"].py_func.__module__ or ""  # a function that was made by others may have none
+        if module.startswith(__package__) and not _Notice.given:
             _Notice.given = True
             print("jaxlm: compiling the BPE engine for this machine, once (some 20 seconds) ...", file=sys.stderr)
 

@@ -46,6 +46,7 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     size = int(counts.size[1])
     if size > np.iinfo(np.int32).max:
         raise InputError("The text has more than 2 GiB of different chunks; use less of it, or a finer split.")
+    num_merges = min(num_merges, size)  # each leaves a symbol less
     count_of = counts.table[counts.table[:, PLACE] > 0, VALUE].astype(np.int64)
     if count_of.size and count_of.min() == count_of.max():
         count_of = count_of[:1]  # which chunk it is makes no difference, as where each text is one chunk

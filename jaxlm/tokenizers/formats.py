@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.tokenizers.base import InputError
+import regex
+
+from jaxlm.tokenizers.base import InputError, write_file
 from jaxlm.tokenizers.bpe import BPETokenizer, merged_tokens
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 
@@ -30,10 +32,20 @@ _SPLIT_OF_TIKTOKEN = {pattern: name for name, pattern in SPLIT_PATTERNS.items()}
 # makes no difference to the numbers here. `$` ends a line there; after `\s++` that is the end of the text.)
 _HUGGING_FACE_PATTERNS = {name: pattern.replace("{1,3}+", "{1,3}") for name, pattern in SPLIT_PATTERNS.items()}
 _SPLIT_OF_HUGGING_FACE = {pattern: name for name, pattern in _HUGGING_FACE_PATTERNS.items()} | {_FIRST_GPT2: "gpt2"}
-# The group is what Oniguruma reads otherwise than `regex`, or not at all; the rest passes over escapes and [...].
-_READ_OTHERWISE = re.compile(
-    r"(\\[hHZ]|\(\?P|\(\?[a-z-]*[ms]|\{[\d,]+\}\+|[$^]|\[(?:\\.|[^\]\\&])*&&)|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL
-)
+
+# The group is what an engine may read otherwise than `regex`, or not at all; the rest passes over escapes and [...].
+# That is: sets in sets and operations on them, fuzzy matches, verbs, `$` (for `regex` also before a last newline), and
+# any escape or (?...) but those that all read alike; Oniguruma has ways of its own besides.
+_ESCAPE = r"\\(?![dDsSwWbBAznrtfvaxupP])[A-Za-z0<>]|\\[pP](?!\{\^?(?!I[ns])\w+\})\{?\w*"
+_ITEM = r"(?:\\.|[^\]\\])"
+_OTHERWISE = rf"{_ESCAPE}|\[\^?\]?{_ITEM}*?(?:\[|&&|--|~~|{_ESCAPE})|\{{[\d<=,]*[a-z]|\(\*|\$"
+_READ_OTHERWISE = {
+    engine: re.compile(rf"^\(\?i\)|({_OTHERWISE}|{more})|\\.|\[\^?\]?{_ITEM}*\]", re.DOTALL)
+    for engine, more in {
+        "tiktoken": r"\(\?(?![:=!>]|P?[<=]|[ims-]+[:)])\w*",
+        "Hugging Face tokenizers": r"\(\?(?![:=!><]|-?i:)\w*|\{\d+\}\?|\{[\d,]+\}\+|\^",
+    }.items()
+}
 
 
 class Merge(NamedTuple):
@@ -61,8 +73,7 @@ def read_tiktoken(
     """See `BPETokenizer.from_tiktoken`. Tokens that no merge makes are found as whole chunks alone, as in tiktoken."""
     if hasattr(source, "_mergeable_ranks"):
         if split is None and pattern is None:
-            split = _SPLIT_OF_TIKTOKEN.get(source._pat_str)
-            pattern = None if split else source._pat_str
+            pattern = source._pat_str
         special_tokens = source._special_tokens if special_tokens is None else special_tokens
         source = source._mergeable_ranks
     if isinstance(source, Mapping):
@@ -72,8 +83,13 @@ def read_tiktoken(
     else:
         kind = type(source).__name__
         raise InputError(f"Ranks are a mapping, the path of a rank file or a tiktoken.Encoding, not {kind}.")
+    if pattern in _SPLIT_OF_TIKTOKEN:
+        split, pattern = _SPLIT_OF_TIKTOKEN[pattern], None
     made_by, whole = _find_merges(ranks, lambda left, right: ranks.get(left + right, _NEVER))
-    return _build(cls, ranks, made_by, whole, split or "gpt4", pattern, special_tokens or ())
+    tokenizer = _build(cls, ranks, made_by, whole, split or "gpt4", pattern, special_tokens or ())
+    if pattern is not None:
+        _check_pattern(pattern, "tiktoken")
+    return tokenizer
 
 
 def _read_rank_file(path: Path) -> Iterable[tuple[bytes, int]]:
@@ -108,19 +124,22 @@ def _check_ranks(items: Iterable[tuple[Any, Any]]) -> dict[bytes, int]:
 def write_tiktoken(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> None:
     """See `BPETokenizer.to_tiktoken`. Raises InputError where tiktoken would give other ids."""
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _ranks(tokenizer).items()]
-    _write(path, "".join(lines))
+    write_file(Path(path), "".join(lines))
 
 
 def tiktoken_encoding(tokenizer: BPETokenizer, name: str) -> Any:
     """See `BPETokenizer.to_tiktoken_encoding`. Raises InputError where tiktoken would give other ids.
 
-    Where one special token begins with another, tiktoken may take either; a `BPETokenizer` takes the longer one.
+    Where one special token begins with another, tiktoken may take either; a `BPETokenizer` takes the longer one. A
+    pattern of one's own is handed on as it is, to an engine that may class and fold rare characters otherwise.
     """
     try:
         import tiktoken
     except ImportError:
         raise InputError("A tiktoken.Encoding needs the package tiktoken: pip install tiktoken.") from None
     pattern = tokenizer.pattern or SPLIT_PATTERNS[tokenizer.split]
+    if pattern not in _SPLIT_OF_TIKTOKEN:
+        _check_pattern(pattern, "tiktoken")
     special_tokens = dict(tokenizer.special_tokens)
     ranks = _ranks(tokenizer)
     try:
@@ -132,7 +151,7 @@ def tiktoken_encoding(tokenizer: BPETokenizer, name: str) -> Any:
 def _ranks(tokenizer: BPETokenizer) -> dict[bytes, int]:
     """Tokens and ids, in order of id. Raises InputError unless tiktoken makes the same merges of them."""
     ranks = _by_id(_tokens(tokenizer))
-    if read_tiktoken(BPETokenizer, ranks, tokenizer.split, (), tokenizer.pattern).merges != tokenizer.merges:
+    if read_tiktoken(BPETokenizer, ranks, None, (), None).merges != tokenizer.merges:
         raise InputError(
             "tiktoken joins any two neighbours that make a token, in the order of ids, and this vocabulary doesn't; "
             "only one whose ids rise with its merges can be written."
@@ -216,17 +235,17 @@ def _read_split(pre_tokenizer: dict[str, Any]) -> tuple[str, str | None]:
         return "gpt4", rf"{literal}|(?:(?!{literal})[\s\S])+" if behavior[0] == "Isolated" else literal
     if pattern in _SPLIT_OF_HUGGING_FACE:
         return _SPLIT_OF_HUGGING_FACE[pattern], None
-    _check_pattern(pattern)
+    _check_pattern(pattern, "Hugging Face tokenizers")
     return "gpt4", pattern
 
 
 def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> None:
     """See `BPETokenizer.to_huggingface`. Raises InputError where Hugging Face tokenizers would give other ids.
 
-    A pattern of one's own is written as it is, for Oniguruma, whose classes of rare characters may differ.
+    A pattern of one's own is written as it is, for Oniguruma, which may class and fold rare characters otherwise.
     """
     if tokenizer.pattern:
-        _check_pattern(tokenizer.pattern)
+        _check_pattern(tokenizer.pattern, "Hugging Face tokenizers")
     pattern = tokenizer.pattern or _HUGGING_FACE_PATTERNS[tokenizer.split]
     symbols = merged_tokens(tokenizer.merges)
     pairs = [(symbols[left], symbols[right]) for left, right in tokenizer.merges]
@@ -262,16 +281,7 @@ def write_huggingface(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> 
         "decoder": byte_level,
         "model": model,
     }
-    _write(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-
-
-def _check_pattern(pattern: str) -> None:
-    for match in _READ_OTHERWISE.finditer(pattern):
-        if match.group(1):
-            raise InputError(
-                f"The pattern {pattern!r} has {match.group(1)!r} in it, which the engine of Hugging Face tokenizers "
-                "reads in another way than `regex` does."
-            )
+    write_file(Path(path), json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
 
 def _byte_characters() -> list[str]:
@@ -305,6 +315,21 @@ def _spells_another_text(name: str) -> bool:
         return (_spelt(name) or name.encode()).decode() != name
     except UnicodeDecodeError:  # bytes that are no text
         return False
+
+
+# ---- patterns
+
+
+def _check_pattern(pattern: str, reader: str) -> None:
+    """Raises InputError for a pattern with which the engine of another library may cut a text in other places."""
+    for match in _READ_OTHERWISE[reader].finditer(pattern):
+        if match.group(1):
+            raise InputError(
+                f"The pattern {pattern!r} has {match.group(1)!r} in it, which the engine of {reader} may read in "
+                "another way than `regex` does, or not at all; say it differently."
+            )
+    if reader == "tiktoken" and regex.match(pattern, ""):
+        raise InputError(f"The pattern {pattern!r} can match nothing, where tiktoken fails or loses text; avoid that.")
 
 
 # ---- merges
@@ -414,14 +439,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}.") from None
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file under a temporary name first."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)

@@ -214,6 +214,12 @@ def test_workdir_that_holds_something_else(
     before = (tmp_path / "a" / "tokenizer.json").read_bytes()
     assert call(monkeypatch, bpe_tokenizer, "--workdir", str(tmp_path / "a"), "--vocab-size", "290", *flags) == 2
     assert "holds another tokenizer" in capsys.readouterr().err
+    assert call(monkeypatch, bpe_tokenizer, "--workdir", str(tmp_path / "a"), "--corpus", "not/read") == 2
+    assert "holds another tokenizer" in capsys.readouterr().err
+    (tmp_path / "other.txt").write_text(TEXT.replace("chat", "rat"), encoding="utf-8")
+    other = ["--vocab-size", "300", "--corpus", str(tmp_path / "other.txt")]
+    assert call(monkeypatch, bpe_tokenizer, "--workdir", str(tmp_path / "a"), *other) == 2
+    assert "holds another tokenizer" in capsys.readouterr().err
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == before
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")

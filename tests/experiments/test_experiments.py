@@ -79,6 +79,25 @@ def test_bpe_tokenizer_shows_how_it_learns(tmp_path: Path, capsys: pytest.Captur
     assert load_tokenizer(tmp_path / "b").hash == load_tokenizer(tmp_path).hash
 
 
+def test_bpe_tokenizer_explains_with_what_the_workdir_holds_or_trains_it_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explained(*flags: str) -> str:
+        flags = ("--workdir", str(tmp_path), "--explain", "[/] l'été [sic]", *flags)
+        bpe_tokenizer.main(parse(flags, bpe_tokenizer.PRESETS, "x"))
+        text = capsys.readouterr().out
+        assert "17 bytes" in text and "·[sic]" in text.replace("│", "").replace("|", "")
+        return text
+
+    asked = ("--vocab-size", "400", "--corpus-bytes", "60000")
+    assert "count  token" in explained(*asked)
+    again = explained(*asked)
+    assert "count  token" not in again and "holds" not in again
+    holds = "holds BPETokenizer(400 ids, split gpt4, 1 special token), not one of 300 ids with the split gpt2."
+    assert holds in explained("--vocab-size", "300", "--split", "gpt2").replace("\n", " ")
+    assert load_tokenizer(tmp_path).vocab_size == 400
+
+
 def test_compare_tokenizers_gives_every_arm_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--vocab-size 400 --characters 60 --batch-size 12 --steps 15".split()
     flags = ["--workdir", str(tmp_path), *sizes, *TINY]

@@ -56,3 +56,8 @@ def test_tokens_show_what_cannot_be_seen() -> None:
 def test_rows_line_up() -> None:
     lines = rendered(rows_table(("name", "value"), [("a", "1"), ("bcd", "1,000")], "title")).splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_rows_are_shown_as_they_are() -> None:
+    assert "[/]" in rendered(rows_table(("name", "longest"), [("a", "[/] [bold]:smile:")]))
+    assert "[bold]:smile:" in rendered(rows_table(("name", "longest"), [("a", "[/] [bold]:smile:")]))

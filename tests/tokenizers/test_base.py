@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -175,6 +176,8 @@ def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: Any, message: st
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
+        (None, "iterable of texts is needed, not NoneType"),
+        (5, "iterable of texts is needed, not int"),
         ("bonjour", "iterable of texts"),
         (b"bonjour", "iterable of texts"),
         ([b"bonjour"], "encodes str, not bytes"),
@@ -208,6 +211,16 @@ def test_ids_that_are_none_are_refused(tokenizer: Tokenizer, ids: Any) -> None:
             method(ids)
     with pytest.raises(InputError):
         tokenizer.token_bytes(ids[-1])
+
+
+@pytest.mark.parametrize("ids", [5, None, 1.5, np.int32(5)])
+def test_what_holds_no_ids_is_refused(tokenizer: Tokenizer, ids: Any) -> None:
+    for method in (tokenizer.decode, tokenizer.decode_bytes, tokenizer.byte_lengths):
+        with pytest.raises(InputError, match="1-D sequence of integers"):
+            method(ids)
+    for batch in ([ids], [[1], ids]):
+        with pytest.raises(InputError, match="1-D sequence of integers"):
+            tokenizer.decode_batch(batch)
 
 
 def test_the_first_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> None:
@@ -269,9 +282,12 @@ def test_a_special_token_in_the_text_is_refused_and_named(tokenizer: Tokenizer) 
     assert tokenizer.decode(tokenizer.encode(f"un{END_OF_TEXT[:-1]}")) == f"un{END_OF_TEXT[:-1]}"
 
 
-def test_a_single_name_for_allowed_special_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match='"all", "none" or a set of names'):
-        tokenizer.encode("un", allowed_special=END_OF_TEXT)
+@pytest.mark.parametrize("allowed", [END_OF_TEXT, None, 5, iter([END_OF_TEXT])])
+def test_what_is_no_collection_of_special_tokens_is_refused(tokenizer: Tokenizer, allowed: Any) -> None:
+    for text in ("un", f"un{END_OF_TEXT}"):
+        for encode in (tokenizer.encode, lambda text, **rest: tokenizer.encode_batch([text], **rest)):
+            with pytest.raises(InputError, match='"all", "none" or a set of names, not'):
+                encode(text, allowed_special=allowed)
 
 
 @given(text=st.lists(st.sampled_from([*SPECIALS, *"ab> \n<☃é", "<a", "<|end"]), max_size=15).map("".join))
@@ -327,14 +343,22 @@ def test_special_tokens_may_leave_gaps() -> None:
         ({"": 300}, "empty"),
         ({"<a>": 256}, "'<a>' has the id 256, which an ordinary token has"),
         ({"<a>": -1}, "'<a>' has the id -1; ids are at least 0"),
-        ("<a>", "put a single name into a tuple"),
+        ("<a>", "sequence of names, such as .*, not '<a>'"),
+        (None, "sequence of names, such as .*, not None"),
+        (5, "sequence of names, such as .*, not 5"),
+        ({"<a>"}, "sequence of names, such as .*, not {'<a>'}"),
+        (frozenset(["<a>"]), "sequence of names, such as .*, not frozenset"),
         (("<\ud800>",), "lone surrogate"),
-        ((b"<a>",), "not bytes"),
+        ((b"<a>",), "The name of a special token is a str, not b'<a>'"),
+        (("<a>", None), "The name of a special token is a str, not None"),
+        ({5: 300}, "The name of a special token is a str, not 5"),
     ],
 )
 def test_special_tokens_that_cannot_be_are_refused(special_tokens: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         BPETokenizer([(97, 98)], special_tokens=special_tokens)
+    with pytest.raises(InputError, match=message):
+        BPETokenizer.train(CORPUS[:1], 290, special_tokens=special_tokens)
 
 
 # ---- save, load, hash
@@ -358,6 +382,34 @@ def test_a_saved_tokenizer_comes_back_as_itself(tokenizer: Tokenizer, tmp_path: 
         assert np.array_equal(loaded.encode(text, allowed_special="all"), ids)
         assert np.array_equal(loaded.byte_lengths(ids), tokenizer.byte_lengths(ids))
         assert loaded.decode(ids) == text
+
+
+def test_a_place_where_nothing_can_be_saved_is_refused_and_left_as_it_was(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "tokenizer.json").mkdir(parents=True)
+    for directory in ("file", "file/below", "folder"):
+        with pytest.raises(InputError, match=r"tokenizer\.json can't be written: .*; choose another place\.$"):
+            tokenizer.save(tmp_path / directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails_with(PermissionError(errno.EACCES, "Permission denied")))
+        with pytest.raises(InputError, match="can't be written: Permission denied"):
+            tokenizer.save(tmp_path / "new")
+        patch.setattr(Path, "replace", fails_with(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            tokenizer.save(tmp_path / "new")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "file", "folder", "folder/tokenizer.json", "new"
+    ]  # fmt: skip
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def fails_with(error: OSError) -> Callable[..., Any]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_special_tokens_come_back_with_their_ids_and_order(tmp_path: Path) -> None:
@@ -398,9 +450,16 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> No
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     CharTokenizer.train(["un"]).save(tmp_path / "saved")
-    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "saved" / "tokenizer.json"):
-        with pytest.raises(InputError, match="give the directory that `save` wrote"):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=r"no tokenizer at .*; give the directory that `save` wrote"):
             load_tokenizer(path)
+    with pytest.raises(
+        InputError, match=r"saved/tokenizer\.json is no directory; give the directory that `save` wrote"
+    ):
+        load_tokenizer(tmp_path / "saved" / "tokenizer.json")
+    for nothing in (None, 5):
+        with pytest.raises(InputError, match=f"from the directory that `save` wrote, not from {nothing}"):
+            load_tokenizer(nothing)  # type: ignore[arg-type]
 
 
 def test_another_version_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,7 +150,7 @@ def test_invalid_utf8_shows_as_a_replacement() -> None:
 def test_a_vocabulary_below_bytes_and_special_tokens_is_refused(special_tokens: Any) -> None:
     smallest = 256 + len(special_tokens)
     for vocab_size in (smallest - 1, 0, -5):
-        with pytest.raises(InputError, match=f"at least {smallest} ids .*and {vocab_size} were"):
+        with pytest.raises(InputError, match=f"at least {smallest} ids .*and {vocab_size} were .*use a larger"):
             BPETokenizer.train(CORPUS, vocab_size, special_tokens=special_tokens)
     tokenizer = BPETokenizer.train(CORPUS, smallest, special_tokens=special_tokens)
     assert tokenizer.merges == []
@@ -177,6 +182,42 @@ def test_no_text_gives_the_bytes() -> None:
 def test_merges_that_cannot_be_are_refused(merges: list[Pair], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BPETokenizer(merges)
+
+
+@pytest.mark.parametrize("merge", [(97, 98, 99), (97,), (97.0, 98.0), ("a", "b"), (97, None), 97, None])
+def test_a_merge_that_is_no_pair_of_whole_numbers_is_refused(merge: Any) -> None:
+    with pytest.raises(InputError, match=re.escape(f"Merge 1 is {merge!r}, not a pair of symbols")):
+        BPETokenizer([(97, 98), merge])
+
+
+@pytest.mark.parametrize("merges", [[[97, 98], [256, 99]], np.array([[97, 98], [256, 99]], np.int32)])
+def test_merges_may_be_lists_or_rows(merges: Any) -> None:
+    tokenizer = BPETokenizer(merges)
+    assert tokenizer.merges == [(97, 98), (256, 99)]
+    assert tokenizer.hash == BPETokenizer([(97, 98), (256, 99)]).hash
+    assert tokenizer.encode("abcab").tolist() == [257, 256]
+
+
+def test_a_tokenizer_says_what_it_is() -> None:
+    assert repr(BPETokenizer([(97, 98)])) == "BPETokenizer(258 ids, split gpt4, 1 special token)"
+    assert (
+        repr(BPETokenizer([], split="none", special_tokens=())) == "BPETokenizer(256 ids, split none, 0 special tokens)"
+    )
+    assert repr(BPETokenizer([], pattern=r"\S|\s")) == r"BPETokenizer(257 ids, pattern '\\S|\\s', 1 special token)"
+
+
+def test_a_copy_takes_along_nothing_that_can_be_made_again() -> None:
+    tokenizer = BPETokenizer.train(CORPUS, 400)
+    text = f"{CORPUS[0]}{END_OF_TEXT}"
+    ids = tokenizer.encode(text, allowed_special="all")
+    assert tokenizer.decode(ids) == text
+    data = pickle.dumps(tokenizer)
+    assert len(data) < 20_000
+    for same in (pickle.loads(data), copy.copy(tokenizer), copy.deepcopy(tokenizer)):
+        assert same.hash == tokenizer.hash
+        assert same.encode(text, allowed_special="all").tolist() == ids.tolist()
+        assert same.decode(ids) == text
+        assert same._workspaces is not tokenizer._workspaces
 
 
 # ---- watching it learn
@@ -247,7 +288,11 @@ def test_a_split_keeps_merges_inside_its_chunks() -> None:
 
 
 def test_an_unknown_split_is_refused() -> None:
-    for make in (lambda: BPETokenizer([], split="gpt5"), lambda: BPETokenizer.train(CORPUS, 300, split="gpt5")):
+    for make in (
+        lambda: BPETokenizer([], split="gpt5"),
+        lambda: BPETokenizer([], split="gpt5", pattern="."),
+        lambda: BPETokenizer.train(CORPUS, 300, split="gpt5"),
+    ):
         with pytest.raises(InputError, match="no split 'gpt5'; known are gpt2, gpt4, o200k, none"):
             make()
 
@@ -276,6 +321,22 @@ def test_the_chunks_of_a_pattern_are_its_matches() -> None:
 def test_a_pattern_that_is_none_is_refused(pattern: str) -> None:
     for make in (lambda: BPETokenizer([], pattern=pattern), lambda: BPETokenizer.train(CORPUS, 300, pattern=pattern)):
         with pytest.raises(InputError, match="is no regular expression"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (b"(?s:.)", r"as a str, not b'\(\?s:\.\)'"),
+        (regex.compile("."), "as a str, not regex"),
+        (5, "as a str, not 5"),
+        ("\ud800|.", "lone surrogate"),
+        ("(" * 9_000 + "a" + ")" * 9_000, "18,001 characters has too many groups inside each other"),
+    ],
+)
+def test_a_pattern_of_another_kind_is_refused(pattern: Any, message: str) -> None:
+    for make in (lambda: BPETokenizer([], pattern=pattern), lambda: BPETokenizer.train(CORPUS, 300, pattern=pattern)):
+        with pytest.raises(InputError, match=message):
             make()
 
 

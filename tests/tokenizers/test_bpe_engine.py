@@ -9,10 +9,12 @@ import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlm
-from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
+from jaxlm.tokenizers import END_OF_TEXT, BPETokenizer, InputError, bpe, bpe_reference, load_tokenizer
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS, Workspace
 from jaxlm.tokenizers.bpe_kernels import VALUE
@@ -98,6 +100,36 @@ def test_training_on_a_stream_takes_no_memory_for_the_texts_that_are_done(thread
     BPETokenizer.train(texts(), 300, num_threads=threads)
     megabytes = (max(pages) - pages[0]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     assert megabytes < 40  # of the 90 or more that the texts have
+
+
+def test_a_vocabulary_beyond_the_text_takes_no_memory() -> None:
+    tracemalloc.start()
+    with pytest.raises(InputError, match="at most 258 ids"):
+        BPETokenizer.train(["ab"], 1 << 24)
+    megabytes = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert megabytes < 100  # merges and ids would have 1,000
+
+
+def test_a_vocabulary_of_too_many_ids_is_refused_before_a_text_is_read() -> None:
+    def texts() -> Iterator[str]:
+        pytest.fail("a text was read")
+        yield ""
+
+    with pytest.raises(InputError, match=r"highest id .* is below 16,777,216, not 16,777,216; use fewer"):
+        BPETokenizer.train(texts(), (1 << 24) + 1)
+    with pytest.raises(InputError, match=r"highest id .* not 1,099,511,627,776"):
+        BPETokenizer.train(texts(), 300, special_tokens={"<a>": 1 << 40})
+    for size in ("300", 300.0, None):
+        with pytest.raises(InputError, match=f"size of a vocabulary is a whole number, not {size!r}"):
+            BPETokenizer.train(texts(), size)  # type: ignore[arg-type]
+
+
+def test_special_tokens_may_come_from_an_iterator() -> None:
+    names = ["<b>", "<a>"]
+    assert BPETokenizer([], special_tokens=iter(names)).special_tokens == {"<b>": 256, "<a>": 257}  # type: ignore[arg-type]
+    tokenizer = BPETokenizer.train(["abab"], 259, special_tokens=iter(names))  # type: ignore[arg-type]
+    assert tokenizer.special_tokens == {"<b>": 257, "<a>": 258}
 
 
 def test_many_different_chunks_are_all_counted() -> None:
@@ -201,10 +233,23 @@ def test_a_batch_has_the_ids_of_its_texts(texts: list[str], threads: int, monkey
     assert tokenizer.decode_batch(batch) == texts
 
 
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
+def test_less_than_one_thread_is_refused(threads: Any) -> None:
+    tokenizer = BPETokenizer([])
+    for use in (
+        lambda: BPETokenizer.train(["ab"], 257, num_threads=threads),
+        lambda: tokenizer.encode_batch(["ab"], num_threads=threads),
+        lambda: list(tokenizer.encode_iter(["ab"], num_threads=threads)),
+    ):
+        with pytest.raises(InputError, match=f"at least 1, or None for all cores, not {threads!r}"):
+            use()
+
+
 def test_a_batch_is_a_list_of_texts() -> None:
     tokenizer = BPETokenizer([(97, 98)])
-    with pytest.raises(InputError, match="list of texts"):
-        tokenizer.encode_batch("ab")
+    for nothing in ("ab", None, 5):
+        with pytest.raises(InputError, match="iterable of texts is needed, not"):
+            tokenizer.encode_batch(nothing)  # type: ignore[arg-type]
     for bad, message in ((["a", "\ud800"], "lone surrogate"), (["a", b"b"], "not bytes"), ([None], "not NoneType")):
         with pytest.raises(InputError, match=message):
             tokenizer.encode_batch(bad, allowed_special="none")  # type: ignore[arg-type]
@@ -240,6 +285,60 @@ def test_special_tokens_are_treated_as_tiktoken_treats_them(text: str, allowed: 
         assert ids.tolist() == expected
     batch = tokenizer.encode_batch([text, ""], allowed_special=allowed)  # type: ignore[arg-type]
     assert batch[0].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["<|end|>"],
+        ["", "a<|end|>", "<|end|><|end|>\n", "été " * 2000 + "<|", "< |", "", "a b" * 99],
+        [f"{text[:2000]}<|end|>{text}" for text in CORPUS],
+        [*CORPUS, "<|", *CORPUS],
+    ],
+)
+def test_a_batch_with_special_tokens_has_the_ids_of_its_texts(
+    texts: list[str], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = BPETokenizer([(97, 32), (195, 169)], special_tokens=SPECIAL)
+    expected = [tokenizer.encode(text, allowed_special="all").tolist() for text in texts]
+    monkeypatch.setattr(bpe, "_BLOCK", 1_000)
+    monkeypatch.setattr(BPETokenizer, "encode", None)  # which would take one text after another
+    batch = tokenizer.encode_batch(texts, allowed_special="all", num_threads=threads)
+    ids, offsets = tokenizer.encode_batch(texts, allowed_special=SPECIAL, flat=True, num_threads=threads)
+    assert [part.tolist() for part in batch] == expected
+    assert offsets.tolist() == [0, *np.cumsum([len(part) for part in expected]).tolist()]
+    assert ids.tolist() == [i for part in expected for i in part]
+    assert (ids.dtype, offsets.dtype) == (np.int32, np.int64)
+    assert tokenizer.decode_batch(batch) == texts
+    with pytest.raises(InputError, match="contains the special token"):
+        tokenizer.encode_batch(texts)
+
+
+def test_a_batch_with_special_tokens_names_the_place_of_a_surrogate_in_its_text() -> None:
+    tokenizer = BPETokenizer([], special_tokens=SPECIAL)
+    with pytest.raises(InputError, match="at character 8"):
+        tokenizer.encode_batch(["<|end|>a\ud800"], allowed_special="all")
+
+
+@pytest.mark.parametrize(
+    ("names", "beginnings"),
+    [
+        ([], []),
+        ([END_OF_TEXT], [END_OF_TEXT]),
+        ([f"<|reserved_{number}|>" for number in range(300)], ["<|reserved_"]),
+        (["<|a|>", "[B]", "<|b|>", "<s>"], ["<", "[B]"]),
+        ([f"{letter}@" for letter in "abcdefghijkl"], [""]),
+    ],
+)
+def test_many_special_tokens_are_looked_for_at_once(names: list[str], beginnings: list[str]) -> None:
+    tokenizer = BPETokenizer([(32, 32)], split="none", special_tokens=names)
+    assert tokenizer._special_beginnings == beginnings
+    text = "x  ".join(["", *names, "y<|reserved_", "<|"])
+    ids = tokenizer.encode(text, allowed_special="all")
+    assert np.count_nonzero(ids > 256) == len(names)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("x  y", allowed_special="all").tolist() == [120, 256, 121]
 
 
 def test_of_special_tokens_that_begin_alike_the_longest_is_taken() -> None:
@@ -365,8 +464,12 @@ def test_ids_and_chunks_that_cannot_be_are_refused() -> None:
     for arguments in ({"ids": [*range(255), 2**31]}, {"special_tokens": {"<a>": 2**40}}, {"whole": {b"a b": 2**24}}):
         with pytest.raises(InputError, match="highest id"):
             BPETokenizer([], **arguments)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="at least one byte"):
-        BPETokenizer([], whole={b"": 300})
+    for whole in ({b"": 300}, {"ab": 300}, {b"ab": 300.0}, {b"ab": "300"}):
+        with pytest.raises(InputError, match="A whole chunk is at least one byte and has an id, not"):
+            BPETokenizer([], whole=whole)  # type: ignore[arg-type]
+    for ids in (["a"] * 256, [0.5, *range(1, 256)], 5):
+        with pytest.raises(InputError, match="sequence of whole numbers"):
+            BPETokenizer([], ids=ids)  # type: ignore[arg-type]
 
 
 def test_an_explanation_shows_each_merge() -> None:
@@ -378,6 +481,20 @@ def test_an_explanation_shows_each_merge() -> None:
     text = console.export_text()
     for row in ("5 bytes", "\\xc3 + \\xa9", "é + t", "ét + é", "été", "258", "·x"):
         assert row in text
+
+
+def test_an_explanation_shows_what_rich_would_take_for_markup() -> None:
+    from rich.console import Console
+
+    merges = [(91, 47), (256, 93), (58, 115), (258, 109)]  # "[/", "[/]", ":s", ":sm"
+    tokenizer = BPETokenizer(merges, split="none", whole={b"[red]": 300})
+    console = Console(record=True, width=150, file=io.StringIO())
+    for text in ("[/]", "[sic]", ":smile:", "[red]"):
+        console.print(tokenizer.explain(text))
+    text = console.export_text()
+    for row in ("[/ + ]", "[│s│i│c│]", ":s + m", ":sm│i│l│e│:", ":smile:", "a token as a whole"):
+        assert row in text
+    assert text.count("[red]") == 2
 
 
 # ---- compilation
@@ -419,6 +536,15 @@ def test_compiled_twice_at_once_once_again_and_not_at_all(tmp_path: Path) -> Non
     assert all(errors.count(notice) == 1 and len(errors.splitlines()) == 1 for _, errors in answers)
     assert again[1] == ""
     assert plain[1] == ""
+
+
+def test_a_function_of_no_module_may_be_compiled_beside_the_engine() -> None:
+    import numba
+
+    namespace: dict[str, Any] = {}
+    exec("def double(x): return 2 * x", {"__builtins__": {}}, namespace)
+    assert namespace["double"].__module__ is None
+    assert numba.njit(namespace["double"])(21) == 42
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
@@ -482,3 +608,4 @@ def test_ragged_ids_and_ids_that_are_no_whole_numbers_are_refused() -> None:
     with pytest.raises(InputError, match=r"id 300\.5; an id is a whole number"):
         BPETokenizer([], special_tokens={"a": 300.5})  # type: ignore[dict-item]
     assert BPETokenizer([], special_tokens={"a": np.int64(300)}).special_tokens == {"a": 300}  # type: ignore[dict-item]
+    assert type(BPETokenizer([], whole={b"ab": np.int64(300)}).whole[b"ab"]) is int  # type: ignore[dict-item]

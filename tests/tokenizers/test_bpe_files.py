@@ -44,8 +44,8 @@ def test_a_file_shows_each_merge_with_the_bytes_that_it_makes(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda data: data["merges"].reverse(), r"Merge 0 joins the ids \(256, 99\), which don't both exist"),
-        (lambda data: data["merges"].append("97 98 6162"), r"Merge 2 joins the ids \(97, 98\), as merge 0 does"),
+        (lambda data: data["merges"].reverse(), r"Merge 0 joins the symbols \(256, 99\), which don't both exist"),
+        (lambda data: data["merges"].append("97 98 6162"), r"Merge 2 joins the symbols \(97, 98\), as merge 0 does"),
         (lambda data: data.update(merges=["97 98 6163"]), "Merge 0 makes the bytes 6162, and the file says 6163"),
         (lambda data: data.update(merges=["97 98"]), "damaged"),
         (lambda data: data.update(merges=["97 x 6162"]), "damaged"),
@@ -53,6 +53,11 @@ def test_a_file_shows_each_merge_with_the_bytes_that_it_makes(tmp_path: Path) ->
         (lambda data: data.pop("whole"), "damaged"),
         (lambda data: data.update(ids="0 1 2"), "one id of its own"),
         (lambda data: data.update(split="gpt9"), "no split 'gpt9'"),
+        (lambda data: data.update(split="gpt9", pattern="."), "no split 'gpt9'"),
+        (lambda data: data.update(pattern=5), "regular expression as a str, not 5"),
+        (lambda data: data.update(pattern="(" * 9_000 + ")" * 9_000), "18,000 characters has too many groups"),
+        (lambda data: data.update(whole={"6162": "300"}), "at least one byte and has an id, not b'ab' and '300'"),
+        (lambda data: data.update(whole={"6162": 300.0}), "at least one byte and has an id, not b'ab' and 300.0"),
         (lambda data: data.update(special_tokens={"<a>": 97}), "'<a>' has the id 97"),
         (lambda data: data.update(version=3), "format version 3; .* so use a newer jaxlm"),
         (lambda data: data.update(version=1), "format version 1; .* so train the tokenizer again"),

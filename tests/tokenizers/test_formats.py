@@ -181,7 +181,14 @@ def test_ranks_alone_have_the_split_gpt4_and_no_special_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [FIRST_GPT4, r"\w+|[^\w\s]|\s+", r"[\p{L}$^]+|[^\p{L}$^]+", r"\p{N}{1,2}|[^\p{N}]++|\$"]
+    "pattern",
+    [
+        FIRST_GPT4,
+        r"\w+|[^\w\s]|\s+",
+        r"[\p{L}$^]+|[^\p{L}$^]+",
+        r"\p{N}{1,2}|[^\p{N}]++|\$",
+        r"(?i)[]\[$]|[a-zé]+|\x20\u0031*|[^$]",
+    ],
 )
 def test_a_pattern_of_ones_own_has_the_same_ids_everywhere(pattern: str) -> None:
     tokenizer = BPETokenizer.train(CORPUS[:2], 400, pattern=pattern)
@@ -193,24 +200,83 @@ def test_a_pattern_of_ones_own_has_the_same_ids_everywhere(pattern: str) -> None
     assert from_json(as_json(tokenizer)).hash == tokenizer.hash
 
 
+READ_OTHERWISE_BY_ALL = [
+    (r"a$|\s|\S", "$"),
+    (r"\h|\s|\S", r"\h"),
+    (r"[\h]|\s|\S", r"[\h"),
+    (r"\<a|\s|\S", r"\<"),
+    (r"a\Z|\s|\S", r"\Z"),
+    (r"\N|\s|\S", r"\N"),
+    (r"[a&&b]|\s|\S", "[a&&"),
+    (r"[+--]|\s|\S", "[+--"),
+    (r"[a~~b]|\s|\S", "[a~~"),
+    (r"[a[bc]]|\s|\S", "[a["),
+    (r"[[:alpha:]]|\s|\S", "[["),
+    (r"(?:fg){e<=1}|\s|\S", "{e"),
+    (r"\p{Script=Greek}|\s|\S", r"\p{Script"),
+    (r"\pL|\s|\S", r"\pL"),
+    (r"(?r)\s|\S", "(?r"),
+    (r"(?V1)\s|\S", "(?V1"),
+    (r"(?#[)a$|\s|\S", "(?"),
+    (r"[]$]$|\s|\S", "$"),
+]
+
+
 @pytest.mark.parametrize(
     ("pattern", "part"),
     [
+        *READ_OTHERWISE_BY_ALL,
         (r"(?s:.)", "(?s"),
-        (r"a$|\s|\S", "$"),
         (r"^a|\s|\S", "^"),
+        (r"a(?i)b|\s|\S", "(?i"),
         (r"\p{N}{1,3}+|\P{N}", "{1,3}+"),
-        (r"\h|\s|\S", r"\h"),
-        (r"[a&&b]|\s|\S", "[a&&"),
+        (r"\p{N}{2}?|\s|\S", "{2}?"),
     ],
 )
 def test_a_pattern_that_hugging_face_reads_otherwise_is_refused(pattern: str, part: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reads in another way") as error:
+    with pytest.raises(InputError, match="Hugging Face tokenizers may read in another way") as error:
         BPETokenizer([], pattern=pattern).to_huggingface(tmp_path / "tokenizer.json")
-    assert repr(part) in str(error.value)
+    assert f" {part!r} " in str(error.value)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(InputError, match="reads in another way"):
+    with pytest.raises(InputError, match="may read in another way"):
         from_json(changed(pre_tokenizer=split_then_bytes(pattern)))
+
+
+@pytest.mark.parametrize(("pattern", "part"), READ_OTHERWISE_BY_ALL)
+def test_a_pattern_that_tiktoken_reads_otherwise_is_refused(pattern: str, part: str) -> None:
+    with pytest.raises(InputError, match="tiktoken may read in another way") as error:
+        BPETokenizer([], pattern=pattern).to_tiktoken_encoding()
+    assert f" {part!r} " in str(error.value)
+    with pytest.raises(InputError, match="may read in another way"):
+        BPETokenizer.from_tiktoken(RANKS_OF_BYTES, pattern=pattern)
+    with contextlib.suppress(ValueError):  # what tiktoken can't read either
+        source = encoding(RANKS_OF_BYTES, pattern)
+        with pytest.raises(InputError, match="may read in another way"):
+            BPETokenizer.from_tiktoken(source)
+
+
+def test_a_pattern_that_can_match_nothing_is_refused_where_tiktoken_loses_text() -> None:
+    pattern = r"\w*|\W"
+    assert bpe_reference.split("a b", pattern) == ["a", " ", "b"]
+    assert encoding(RANKS_OF_BYTES, pattern).encode("a b") == [97, 98]
+    for make in (
+        lambda: BPETokenizer.from_tiktoken(encoding(RANKS_OF_BYTES, pattern)),
+        lambda: BPETokenizer([], pattern=pattern).to_tiktoken_encoding(),
+    ):
+        with pytest.raises(InputError, match="can match nothing"):
+            make()
+
+
+def test_a_pattern_of_ones_own_does_not_keep_ranks_from_being_written(tmp_path: Path) -> None:
+    BPETokenizer([(97, 98)], pattern=r"a$|\s|\S").to_tiktoken(tmp_path / "ranks")
+    assert BPETokenizer.from_tiktoken(tmp_path / "ranks").merges == [(97, 98)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_published_pattern_that_is_given_is_its_split(split: str) -> None:
+    pattern = SPLIT_PATTERNS[split]
+    assert BPETokenizer.from_tiktoken(RANKS_OF_BYTES, pattern=pattern).split == split
+    assert BPETokenizer([], pattern=pattern).to_tiktoken_encoding()._pat_str == pattern
 
 
 def split_then_bytes(pattern: str, kind: str = "Regex", behavior: str = "Isolated", invert: bool = False) -> Any:
@@ -672,24 +738,28 @@ def test_a_merge_that_is_never_made_beside_whole_chunks_is_refused(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     for write in (trained("gpt4").to_tiktoken, trained("gpt4").to_huggingface):
-        with pytest.raises(InputError, match="is a folder"):
-            write(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        for path in (tmp_path, ".", "file/below"):
+            with pytest.raises(InputError, match=r"can't be written: .*; choose another place\.$"):
+                write(path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_pattern_that_tiktoken_cannot_read_is_refused() -> None:
-    tokenizer = BPETokenizer([], pattern=r"(?V1)\s|\S")
+    tokenizer = BPETokenizer([], pattern=r"[\w-.]|\s|\S")
     with pytest.raises(InputError, match="tiktoken can't read the pattern"):
         tokenizer.to_tiktoken_encoding()
 
 
 def test_an_encoding_without_tiktoken_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = in_tiktoken("gpt4")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(InputError, match="pip install tiktoken"):
         trained("gpt4").to_tiktoken_encoding()
-    assert BPETokenizer.from_tiktoken(in_tiktoken("gpt4")).hash == trained("gpt4").hash
+    assert BPETokenizer.from_tiktoken(source).hash == trained("gpt4").hash
 
 
 def test_random_tokens_of_a_vocabulary_meet_every_merge() -> None:
