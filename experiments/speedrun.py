@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -42,9 +42,9 @@ from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, init_state, make_train_step
 
-MODEL = ModelConfig(
+CHAR_MODEL = ModelConfig(
     vocab_size=98,
-    feed_forward_width=336,
+    feed_forward_width=352,
     dropout=0.0,
     norm="rms",
     positions="rope",
@@ -53,34 +53,31 @@ MODEL = ModelConfig(
     biases=False,
     zero_outputs=True,
     input_tokens=3,
-    taps=3,
 )
+BPE_MODEL = replace(CHAR_MODEL, vocab_size=500, feed_forward_width=384, input_tokens=1)
 OPTIMIZER = OptimizerConfig(
-    name="muon", learning_rate=0.02, muon_learning_rate=0.014, schedule="wsd", decay_share=0.6, warmup_steps=10,
+    name="muon", learning_rate=0.02, muon_learning_rate=0.01, schedule="wsd", decay_share=0.6, warmup_steps=10,
     beta2=0.95, weight_decay=0.0,
 )  # fmt: skip
-
-
-TRACKS = {
-    "short": TrainConfig(steps=300, batch_size=16, optimizer=OPTIMIZER),
-    "middle": TrainConfig(steps=800, batch_size=16, optimizer=OPTIMIZER),
-    "long": TrainConfig(steps=5_000, batch_size=16, optimizer=OPTIMIZER),
-}
+SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER)
+MIDDLE = replace(SHORT, steps=1_500)
+LONG = TrainConfig(steps=5_000, batch_size=16, optimizer=replace(OPTIMIZER, muon_learning_rate=0.014))
 
 
 @dataclass(frozen=True)
 class Config:
     """Trains a small model as fast as it can be, several times, and scores it once each."""
 
-    preset: Literal["short", "middle", "long"] = "short"  # the settings that the other flags override
+    # The settings that the other flags override.
+    preset: Literal["short", "middle", "long", "bpe-short", "bpe-middle", "bpe-long"] = "short"
     tokenizer: Literal["char", "bpe"] = "char"
     corpus: str = "builtin"  # as in the experiments
     seeds: int = 5
     validation: bool = False  # train and score on parts of the training documents, to choose settings
     first_context: int = 128  # tokens of the windows in the first part of the run, as many of them a step as ever
     first_share: float = 0.5  # how long that is
-    model: ModelConfig = MODEL
-    training: TrainConfig = field(default_factory=lambda: TRACKS["short"])
+    model: ModelConfig = CHAR_MODEL
+    training: TrainConfig = SHORT
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -92,9 +89,12 @@ class Config:
 
 
 PRESETS = {
-    "short": Config(training=TRACKS["short"]),
-    "middle": Config(preset="middle", training=TRACKS["middle"]),
-    "long": Config(preset="long", training=TRACKS["long"]),
+    "short": Config(),
+    "middle": Config(preset="middle", training=MIDDLE),
+    "long": Config(preset="long", training=LONG),
+    "bpe-short": Config(preset="bpe-short", tokenizer="bpe", model=BPE_MODEL),
+    "bpe-middle": Config(preset="bpe-middle", tokenizer="bpe", model=BPE_MODEL, training=MIDDLE),
+    "bpe-long": Config(preset="bpe-long", tokenizer="bpe", model=BPE_MODEL, training=LONG),
 }
 
 

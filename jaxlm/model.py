@@ -51,11 +51,10 @@ class ModelConfig:
     tied_head: bool = False  # the embedding, transposed, as head
     logit_cap: float | None = None  # a logit x becomes cap tanh(x / cap)
     input_tokens: int = 1  # a position's input is the sum of embeddings of so many last tokens, each from its own table
-    taps: int = 1  # attention and MLP see, in each channel, a learned weighted sum over so many last positions
 
     def __post_init__(self) -> None:
         for name in (
-            "vocab_size", "context", "width", "num_layers", "num_heads", "feed_forward_width", "input_tokens", "taps",
+            "vocab_size", "context", "width", "num_layers", "num_heads", "feed_forward_width", "input_tokens",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"The model's {name} is at least 1, not {getattr(self, name)}.")
@@ -174,10 +173,10 @@ class Block(nn.Module):
     def __call__(self, x_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         config = self.config
         keys = [_fold_in(keys_B, place) for place in range(3)]
-        h_ND = self.mix("attention_taps", _norm(config, "attention_norm")(x_ND))
+        h_ND = _norm(config, "attention_norm")(x_ND)
         h_ND = _linear(config, config.width, "attention_output", is_output=True)(self.attend(h_ND, keys[0]))
         x_ND = x_ND + self.drop(h_ND, keys[1])
-        h_ND = self.mix("mlp_taps", _norm(config, "mlp_norm")(x_ND))
+        h_ND = _norm(config, "mlp_norm")(x_ND)
         h_NF = _linear(config, config.feed_forward_width, "mlp_up")(h_ND)
         if config.activation == "swiglu":
             h_NF = h_NF * nn.silu(_linear(config, config.feed_forward_width, "mlp_gate")(h_ND))
@@ -200,18 +199,6 @@ class Block(nn.Module):
             q_BTHK, k_BTGK, v_BTGK, window=config.window, dropout_rate=config.dropout, dropout_keys_B=keys_B
         )
         return out_BTHK.reshape(h_ND.shape)
-
-    def mix(self, name: str, h_ND: jax.Array) -> jax.Array:
-        """A causal convolution, channel by channel, which begins as the identity."""
-        taps = self.config.taps
-        if taps == 1:
-            return h_ND
-        weights_CD = self.param(name, lambda _, shape: jnp.zeros(shape).at[0].set(1.0), (taps, self.config.width))
-        h_BTD = h_ND.reshape(self.batch, -1, self.config.width)
-        mixed_BTD = h_BTD * weights_CD[0]
-        for back in range(1, taps):
-            mixed_BTD = mixed_BTD + _shift(h_BTD, back) * weights_CD[back]
-        return mixed_BTD.reshape(h_ND.shape)
 
     def drop(self, x_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         return dropout(x_ND.reshape(self.batch, -1, self.config.width), self.config.dropout, keys_B).reshape(x_ND.shape)

@@ -1,0 +1,76 @@
+"""The speedrun keeps its rules: what is scored is never trained on, and each token is scored once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.speedrun import PRESETS, in_windows, run, split
+from jaxlm.data.shards import TokenizedCorpus, TokenStream
+from jaxlm.model import ModelConfig, count_parameters, forward, init
+from jaxlm.tokenizers.base import InputError
+
+TINY = ModelConfig(vocab_size=11, context=8, width=8, num_heads=2, feed_forward_width=8, dropout=0.0)
+
+
+def stream_of(lengths: list[int]) -> TokenStream:
+    tokens = np.random.default_rng(0).integers(11, size=sum(lengths)).astype(np.uint16)
+    return TokenStream((tokens,), np.cumsum(lengths), np.array(lengths))
+
+
+def test_the_validation_part_is_the_last_documents_and_nothing_is_in_both() -> None:
+    whole = stream_of([5 + index % 7 for index in range(40)])
+    train, validation = split(TokenizedCorpus(whole, stream_of([3]), {}))
+    assert (train.num_documents, validation.num_documents) == (38, 2)
+    joined = np.concatenate([part.slice(0, len(part)) for part in (train, validation)])
+    np.testing.assert_array_equal(joined, whole.slice(0, len(whole)))
+    np.testing.assert_array_equal(validation.document(1), whole.document(39))
+    assert train.document_bytes.sum() + validation.document_bytes.sum() == whole.document_bytes.sum()
+
+
+def test_a_uniform_model_scores_log_v_for_each_token() -> None:
+    stream = stream_of([9, 30, 4])
+    params = jax.tree.map(np.zeros_like, init(TINY, jax.random.key(0)))
+    assert in_windows(params, TINY, stream, batch=3) == pytest.approx(len(stream) * math.log(11), rel=1e-5)
+
+
+def test_windows_begin_where_the_one_before_ended() -> None:
+    stream, params = stream_of([17]), init(TINY, jax.random.key(0))
+    ids = stream.slice(0, 17)
+    nats = 0.0
+    for start in (0, 8):
+        logits = np.asarray(forward(params, ids[None, start : start + 8], TINY))[0].astype(np.float64)
+        nats -= sum(
+            row[target] - math.log(np.exp(row).sum())
+            for row, target in zip(logits, ids[start + 1 : start + 9], strict=True)
+        )
+    assert in_windows(params, TINY, stream) == pytest.approx(nats * 17 / 16, rel=1e-5)
+
+
+def test_both_parts_of_a_run_take_all_steps_and_as_many_tokens_each() -> None:
+    config = PRESETS["short"]
+    training = replace(
+        config.training, steps=4, batch_size=2, optimizer=replace(config.training.optimizer, warmup_steps=1)
+    )
+    config = replace(config, model=TINY, training=training, first_context=4)
+    before = init(TINY, jax.random.key(0))
+    params, seconds, _, tokens = run(config, stream_of([400]), seed=0)
+    assert tokens == 4 * 2 * 8
+    assert seconds > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert jax.tree.structure(params) == jax.tree.structure(before)
+
+
+@pytest.mark.parametrize(("name", "most"), [("long", 453_986), ("bpe-long", 557_300)])
+def test_the_models_have_no_more_parameters_than_the_seed(name: str, most: int) -> None:
+    shapes = jax.eval_shape(lambda key: init(PRESETS[name].model, key), jax.random.key(0))
+    assert 0.97 * most < count_parameters(shapes) <= most
+
+
+def test_a_first_context_that_does_not_divide_the_other_is_refused() -> None:
+    with pytest.raises(InputError, match="first context divides 256; 100 does not"):
+        replace(PRESETS["short"], first_context=100)
