@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from experiments.command_line import program
-from experiments.language_model import QUICK_OPTIMIZER, Sampling, sample_run, train_and_show
+from experiments.language_model import (
+    MODERN_MODEL,
+    MODERN_OPTIMIZER,
+    QUICK_OPTIMIZER,
+    Sampling,
+    sample_run,
+    train_and_show,
+)
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus, train_documents
 from jaxlm.model import ModelConfig
@@ -27,7 +34,7 @@ from jaxlm.training import TrainConfig, run_identity
 class Config:
     """Trains a character-level language model, or samples from one."""
 
-    preset: Literal["quick", "seed"] = "quick"  # the settings that the other flags override
+    preset: Literal["quick", "seed", "modern"] = "quick"  # the settings that the other flags override
     workdir: str = "runs/char_lm"  # the run directory; the same command continues the run in it
     corpus: str = "builtin"  # builtin, a file, a folder, a glob, or hf://datasets/wikimedia/wikipedia/20231101.fr
     corpus_bytes: int | None = None  # take the first so many bytes of text
@@ -48,6 +55,13 @@ PRESETS = {
     ),
     # 453,986 parameters. 1,000 steps on 10 MB of French Wikipedia: 2.678 bits per byte, 16,800 tokens/s (2 cores).
     "seed": Config(preset="seed", workdir="runs/char_lm-seed", training=TrainConfig(steps=73_000)),
+    # A modern recipe at the seed's size, 10 minutes on 2 cores; see SPEEDRUN.md, whose windows are shorter at first.
+    "modern": Config(
+        preset="modern",
+        workdir="runs/char_lm-modern",
+        model=MODERN_MODEL,
+        training=TrainConfig(steps=5_000, batch_size=16, optimizer=MODERN_OPTIMIZER),
+    ),
 }  # fmt: skip
 
 

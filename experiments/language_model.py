@@ -34,6 +34,30 @@ QUICK_OPTIMIZER = OptimizerConfig(
     clip_norm=1.0,
 )
 
+# What the speedrun found to learn most from each second, see SPEEDRUN.md.
+MODERN_MODEL = ModelConfig(
+    vocab_size=98,
+    feed_forward_width=352,
+    dropout=0.0,
+    norm="rms",
+    positions="rope",
+    qk_norm=True,
+    activation="swiglu",
+    biases=False,
+    zero_outputs=True,
+    input_tokens=3,
+)
+MODERN_OPTIMIZER = OptimizerConfig(
+    name="muon",
+    learning_rate=0.02,
+    muon_learning_rate=0.014,
+    schedule="wsd",
+    decay_share=0.6,
+    warmup_steps=10,
+    beta2=0.95,
+    weight_decay=0.0,
+)
+
 
 @dataclass(frozen=True)
 class Sampling:

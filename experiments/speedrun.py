@@ -29,39 +29,22 @@ import numpy as np
 from rich.table import Table
 
 from experiments.command_line import program
-from experiments.language_model import tokenize
+from experiments.language_model import MODERN_MODEL, MODERN_OPTIMIZER, tokenize
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenizedCorpus, TokenStream, survey_corpus, train_documents
 from jaxlm.evaluation import evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, forward
-from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, init_state, make_train_step
 
-CHAR_MODEL = ModelConfig(
-    vocab_size=98,
-    feed_forward_width=352,
-    dropout=0.0,
-    norm="rms",
-    positions="rope",
-    qk_norm=True,
-    activation="swiglu",
-    biases=False,
-    zero_outputs=True,
-    input_tokens=3,
-)
-BPE_MODEL = replace(CHAR_MODEL, vocab_size=500, feed_forward_width=384, input_tokens=1)
-OPTIMIZER = OptimizerConfig(
-    name="muon", learning_rate=0.02, muon_learning_rate=0.01, schedule="wsd", decay_share=0.6, warmup_steps=10,
-    beta2=0.95, weight_decay=0.0,
-)  # fmt: skip
-SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER)
+BPE_MODEL = replace(MODERN_MODEL, vocab_size=500, feed_forward_width=384, input_tokens=1)
+SHORT = TrainConfig(steps=600, batch_size=8, optimizer=replace(MODERN_OPTIMIZER, muon_learning_rate=0.01))
 MIDDLE = replace(SHORT, steps=1_500)
-LONG = TrainConfig(steps=5_000, batch_size=16, optimizer=replace(OPTIMIZER, muon_learning_rate=0.014))
+LONG = TrainConfig(steps=5_000, batch_size=16, optimizer=MODERN_OPTIMIZER)
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class Config:
     validation: bool = False  # train and score on parts of the training documents, to choose settings
     first_context: int = 128  # tokens of the windows in the first part of the run, as many of them a step as ever
     first_share: float = 0.5  # how long that is
-    model: ModelConfig = CHAR_MODEL
+    model: ModelConfig = MODERN_MODEL
     training: TrainConfig = SHORT
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from jaxlm.dropout import keep_mask, row_seeds
 from jaxlm.tokenizers.base import InputError
 
 Implementation = Literal["reference", "blocks", "cudnn"]
+IMPLEMENTATIONS = ("reference", "blocks", "cudnn")
 
 _BLOCK = 64  # queries of a block
 _SEGMENTS = 16  # a program has so many pieces at most; a longer context has several blocks in each
@@ -47,9 +48,10 @@ def causal_attention(
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dropout_rate = dropout_rate if dropout_keys_B is not None else 0.0
+    check_implementation(implementation, q_BTHK.dtype, dropout_rate)
     implementation = implementation or default_implementation(q_BTHK.dtype, dropout_rate)
     if implementation == "cudnn":
-        return _cudnn_attention(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT, dropout_rate)
+        return _cudnn_attention(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT)
     seeds_BH = None
     if dropout_rate:
         assert dropout_keys_B is not None
@@ -89,6 +91,21 @@ def attention_reference(
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(v_BTGK.dtype), v_BTHK)
 
 
+def check_implementation(implementation: Implementation | None, dtype: Any, dropout_rate: float) -> None:
+    """Raises InputError for an attention that doesn't exist, or that this device or these settings don't allow."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise InputError(f"Attention is one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}.")
+    if implementation == "cudnn":
+        if jax.default_backend() != "gpu":
+            raise InputError(
+                f"cudnn attention needs a GPU, and JAX runs on {jax.default_backend()} here; leave it out."
+            )
+        if dropout_rate:
+            raise InputError("cudnn attention takes no dropout on attention weights here; set the dropout to 0.")
+        if jnp.dtype(dtype).itemsize != 2:
+            raise InputError(f"cudnn attention computes in 16 bits, not in {dtype}; make the compute type bfloat16.")
+
+
 def _cudnn_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
@@ -96,12 +113,9 @@ def _cudnn_attention(
     scale: float,
     window: int | None,
     documents_BT: jax.Array | None,
-    dropout_rate: float,
 ) -> jax.Array:
-    if jax.default_backend() != "gpu":
-        raise InputError(f"cudnn attention needs a GPU, and this is {jax.default_backend()}; leave it out.")
-    if dropout_rate or documents_BT is not None:
-        raise InputError("cudnn attention takes no dropout on attention weights and no documents; use blocks.")
+    if documents_BT is not None:
+        raise ValueError("cudnn attention takes no documents; use blocks.")
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BTGK,

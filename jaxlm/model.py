@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.attention import causal_attention
+from jaxlm.attention import Implementation, causal_attention
 from jaxlm.dropout import dropout
 from jaxlm.tokenizers.base import InputError
 
@@ -93,17 +93,22 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def forward(
-    params: Params, tokens_BT: jax.Array, config: ModelConfig, *, dropout_key: jax.Array | None = None
+    params: Params,
+    tokens_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    dropout_key: jax.Array | None = None,
+    attention: Implementation | None = None,
 ) -> jax.Array:
     """Logits of the next token at each position: int (B, T) -> float32 (B, T, V), for T up to `config.context`.
 
     Dropout is on if there is a key: a single one, or one for each sequence, whose masks then don't depend on the batch
-    that it is in. Logits at position t depend on tokens up to t alone.
+    that it is in. Logits at position t depend on tokens up to t alone. `attention`: as for `causal_attention`.
     """
     keys_B = dropout_key
     if dropout_key is not None and dropout_key.ndim == 0:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(len(tokens_BT)))
-    logits_NV: jax.Array = Decoder(config).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
+    logits_NV: jax.Array = Decoder(config, attention).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
     return logits_NV.reshape(*tokens_BT.shape, config.vocab_size).astype(jnp.float32)
 
 
@@ -130,6 +135,7 @@ class Decoder(nn.Module):
     """Embeddings, `num_layers` blocks, a final norm, a head."""
 
     config: ModelConfig
+    attention: Implementation | None = None
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
@@ -156,7 +162,7 @@ class Decoder(nn.Module):
         if config.norm == "rms":
             x_ND = _rms(x_ND)
         for layer in range(config.num_layers):
-            x_ND = Block(config, batch, name=f"block_{layer}")(x_ND, _fold_in(keys_B, layer))
+            x_ND = Block(config, batch, self.attention, name=f"block_{layer}")(x_ND, _fold_in(keys_B, layer))
         x_ND = _norm(config, "final_norm")(x_ND)
         head = tables[0].attend if config.tied_head else _linear(config, config.vocab_size, "head", is_output=True)
         logits_NV = head(x_ND)
@@ -168,6 +174,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     batch: int
+    attention: Implementation | None
 
     @nn.compact
     def __call__(self, x_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
@@ -196,7 +203,13 @@ class Block(nn.Module):
         if config.positions == "rope":
             q_BTHK, k_BTGK = _rotate(q_BTHK, config.rope_base), _rotate(k_BTGK, config.rope_base)
         out_BTHK = causal_attention(
-            q_BTHK, k_BTGK, v_BTGK, window=config.window, dropout_rate=config.dropout, dropout_keys_B=keys_B
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            window=config.window,
+            dropout_rate=config.dropout,
+            dropout_keys_B=keys_B,
+            implementation=self.attention,
         )
         return out_BTHK.reshape(h_ND.shape)
 

@@ -76,6 +76,14 @@ def peak_flops() -> tuple[float, str] | None:
     return None
 
 
+def check_compute_type(compute_type: str) -> None:
+    """Raises InputError for bfloat16 on a GPU that has none (it came with compute capability 8)."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if compute_type == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8:
+        raise InputError(f"{device.device_kind} has no bfloat16; make the compute type float32.")
+
+
 def data_mesh(batch_size: int) -> Mesh:
     """A one-dimensional mesh over all devices. Raises InputError if they don't divide the batch."""
     devices = jax.device_count()

@@ -24,13 +24,22 @@ import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 from rich.progress import Progress
 
+from jaxlm.attention import Implementation, check_implementation, default_implementation
 from jaxlm.checkpoints import Checkpoints, abstract
 from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.evaluation import Evaluation, evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, flops_per_token, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
-from jaxlm.parallel import batch_sharding, data_mesh, mean_gradients, one_at_a_time, peak_flops, replicated
+from jaxlm.parallel import (
+    batch_sharding,
+    check_compute_type,
+    data_mesh,
+    mean_gradients,
+    one_at_a_time,
+    peak_flops,
+    replicated,
+)
 from jaxlm.runs import Run, console, environment, read_config, read_metrics, training_progress
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
@@ -62,6 +71,7 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps between checkpoints; an evaluation that is the best so far is saved too
     keep_checkpoints: int = 2  # latest ones, beside the best
     compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and their updates are float32
+    attention: Implementation | None = None  # reference, blocks or cudnn; None takes the best that the device has
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "eval_every", "eval_documents", "sample_every"):
@@ -114,7 +124,7 @@ def make_train_step(
     optimizer = make_optimizer(config.optimizer, config.steps, mesh)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     dropout_key = _key(config.seed, "dropout")
-    loss = partial(loss_function, model, compute_type=config.compute_type)
+    loss = partial(loss_function, model, compute_type=config.compute_type, attention=config.attention)
 
     def train_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
         keys_B = None
@@ -141,10 +151,11 @@ def loss_function(
     dropout_key: jax.Array | None = None,
     *,
     compute_type: str = "float32",
+    attention: Implementation | None = None,
 ) -> jax.Array:
     """Mean nats per target token, end-of-text included, of a batch of shape (B, T + 1)."""
     params = jax.tree.map(lambda leaf: leaf.astype(compute_type), params)
-    logits_BTV = forward(params, batch[:, :-1], model, dropout_key=dropout_key)
+    logits_BTV = forward(params, batch[:, :-1], model, dropout_key=dropout_key, attention=attention)
     return token_nats(logits_BTV, batch[:, 1:]).mean()
 
 
@@ -175,6 +186,8 @@ def train(
       RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
     mesh = data_mesh(config.batch_size)
+    check_compute_type(config.compute_type)
+    check_implementation(config.attention, config.compute_type, model.dropout)
     everywhere, divided = replicated(mesh), batch_sharding(mesh)
     batches = make_batches(data.train, context=model.context, batch_size=config.batch_size, seed=config.seed)
     run.start(tokenizer, environment([str(device) for device in jax.devices()]))
@@ -256,6 +269,9 @@ class _Loop:
         if peak is not None:
             self.utilization = flops / peak[0]
             console.print(f"{flops / 1e6:,.1f} MFLOP a token; peak {peak[0] / 1e9:,.0f} GFLOP/s ({peak[1]})")
+        attention = self.config.attention or default_implementation(self.config.compute_type, self.model.dropout)
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        console.print(f"attention: {attention}; {self.config.compute_type} on {devices}")
         self.task = progress.add_task("training", total=self.config.steps, completed=self.step)
         self.last_log = (self.step, self.clock.seconds)
         self.clock.start()

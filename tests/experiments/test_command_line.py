@@ -189,6 +189,20 @@ def test_sizes_that_do_not_divide_or_make_no_sense(refused: Callable[..., str]) 
     assert "seed" in refused("char_lm", "--seed", "-1").lower()
 
 
+def test_options_that_exclude_each_other(refused: Callable[..., str], corpus: str) -> None:
+    def refuse(flags: str) -> str:
+        return refused("char_lm", "--corpus", corpus, *flags.split())
+
+    assert "heads of width 3 are odd" in refuse("--positions rope --width 12 --num-heads 4")
+    assert "window is from 1 to its context of 16, not 17" in refuse("--context 16 --window 17")
+    assert "4 heads don't divide among 3" in refuse("--num-heads 4 --num-kv-heads 3")
+    assert "no shorter than the run" in refuse("--steps 5 --warmup-steps 5")
+    assert "learning rate is a positive number, not -1.0" in refuse("--learning-rate -1")
+    assert "muon learning rate is a positive number, not 0.0" in refuse("--muon-learning-rate 0")
+    assert "decay share" in refuse("--decay-share nan")
+    assert "cudnn attention needs a GPU" in refuse("--attention cudnn")
+
+
 def test_unknown_split(refused: Callable[..., str], corpus: str) -> None:
     assert "no split 'gpt5'" in refused("bpe_lm", "--corpus", corpus, "--split", "gpt5")
     assert "no split 'gpt5'" in refused("bpe_tokenizer", "--corpus", corpus, "--split", "gpt5")
