@@ -131,7 +131,7 @@ def mean_gradients(
     """
 
     def local(params: Any, batch: jax.Array, keys_B: jax.Array | None) -> tuple[jax.Array, Any]:
-        size = sequences_at_once(*batch.shape)
+        size = sequences_at_once(*batch.shape[:2])
         if size == len(batch):
             return jax.value_and_grad(loss)(params, batch, keys_B)
 

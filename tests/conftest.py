@@ -23,6 +23,7 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["NUMBA_CACHE_DIR"] = str(tmp_path_factory.mktemp("numba"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.devices()  # JAX starts with one device; an experiment would let it have one for each core
 
 
 @pytest.fixture(autouse=True)

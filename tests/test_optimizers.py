@@ -8,11 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 import pytest
 
 from jaxlm.model import ModelConfig, init
-from jaxlm.optimizers import OptimizerConfig, decay_mask, learning_rate_schedule, make_optimizer
+from jaxlm.optimizers import (
+    OptimizerConfig,
+    block_matrices,
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+    orthogonalize,
+)
 from jaxlm.tokenizers.base import InputError
 
 STEPS = 8
@@ -109,10 +117,83 @@ def test_the_decay_mask_picks_out_the_matrices_of_a_model() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(InputError, match="constant, cosine, not 'linear'"):
-        OptimizerConfig(schedule="linear")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="adamw, muon, not 'sgd'"):
+        OptimizerConfig(name="sgd")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="constant, cosine, linear, wsd, not 'step'"):
+        OptimizerConfig(schedule="step")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="all, matrices, not 'none'"):
         OptimizerConfig(decay="none")  # type: ignore[arg-type]
+
+
+# ---- Muon
+
+
+def muon_by_hand(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Jordan 2024, with the scale of Liu et al. 2025, one matrix at a time in float64."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix) / np.linalg.norm(matrix)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    return 0.2 * math.sqrt(max(matrix.shape)) * (x.T if tall else x)
+
+
+def block_tree(seed: int) -> dict[str, Any]:
+    """Parameters under the names that a model has, matrices wide, tall, square, and layers stacked in one array."""
+    random = np.random.default_rng(seed)
+    shapes = {"up": (4, 9), "down": (9, 4), "query": (4, 4), "key": (4, 4), "stacked": (3, 4, 9)}
+    blocks = {name: {"kernel": random.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
+    return {"block_0": blocks | {"norm": {"scale": random.normal(size=4).astype(np.float32)}}} | random_tree(seed)
+
+
+def test_matrices_are_orthogonalized_each_by_itself() -> None:
+    blocks = block_tree(3)["block_0"]
+    matrices = {name: blocks[name]["kernel"] for name in ("up", "down", "query", "key", "stacked")}
+    found = jax.jit(orthogonalize)(matrices)
+    for name, matrix in matrices.items():
+        for got, given in zip(
+            found[name].reshape(-1, *matrix.shape[-2:]), matrix.reshape(-1, *matrix.shape[-2:]), strict=True
+        ):
+            expected = muon_by_hand(given.astype(np.float64))
+            np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
+            singular = np.linalg.svd(expected, compute_uv=False) / (0.2 * math.sqrt(max(given.shape)))
+            assert (np.abs(singular - 1) < 0.4).all()
+
+
+def test_muon_acts_on_the_matrices_of_blocks_and_adamw_on_all_else() -> None:
+    config = OptimizerConfig(
+        name="muon", learning_rate=0.05, muon_learning_rate=0.3, momentum=0.9, weight_decay=0.1, warmup_steps=2
+    )
+    params, gradients = block_tree(0), [block_tree(1 + step) for step in range(3)]
+    optimizer = make_optimizer(config, STEPS)
+    found, state = params, optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, found)
+        found = optax.apply_updates(found, updates)
+    rest = {name: leaf for name, leaf in params.items() if name != "block_0"}
+    plain = adamw_by_hand(config, rest, [{name: gradient[name] for name in rest} for gradient in gradients])
+    for name in rest:
+        np.testing.assert_allclose(found[name][name], plain[name][name], atol=1e-5, err_msg=name)
+    norm, norms = params["block_0"]["norm"], [gradient["block_0"]["norm"] for gradient in gradients]
+    plain = adamw_by_hand(config, {"scale": norm}, [{"scale": gradient} for gradient in norms])
+    np.testing.assert_allclose(found["block_0"]["norm"]["scale"], plain["scale"]["scale"], atol=1e-5)
+    for name in ("up", "down", "query"):
+        x, momentum = params["block_0"][name]["kernel"].astype(np.float64), 0.0
+        for step, gradient in enumerate(gradients):
+            g = gradient["block_0"][name]["kernel"].astype(np.float64)
+            momentum = 0.9 * momentum + g
+            rate = 0.3 * min(1.0, (step + 1) / 2)
+            x = x - rate * (muon_by_hand(g + 0.9 * momentum) + 0.1 * x)
+        np.testing.assert_allclose(found["block_0"][name]["kernel"], x, atol=2e-4, err_msg=name)
+
+
+def test_block_matrices_are_those_of_a_model() -> None:
+    params = jax.eval_shape(lambda key: init(ModelConfig(20), key), jax.random.key(0))
+    chosen = jax.tree_util.tree_leaves_with_path(block_matrices(params))
+    names = {"/".join(entry.key for entry in path) for path, is_one in chosen if is_one}
+    assert len(names) == 12
+    assert all(name.startswith("block_") and name.endswith("/kernel") for name in names)
 
 
 # ---- schedules
@@ -145,8 +226,18 @@ def test_cosine_falls_to_a_tenth(warmup: int) -> None:
     assert found[49] == pytest.approx(0.2, rel=0.02), "the last update has about a tenth"
 
 
+def test_linear_falls_from_the_warm_up_on_and_wsd_in_its_last_part() -> None:
+    np.testing.assert_allclose(rates(8, learning_rate=2.0, schedule="linear"), np.linspace(2.0, 0.0, 9), atol=1e-6)
+    found = rates(20, learning_rate=2.0, schedule="linear", warmup_steps=4)
+    np.testing.assert_allclose(found, [0.5, 1.0, 1.5, 2.0, *np.linspace(2.0, 0.0, 17)], atol=1e-6)
+    found = rates(20, learning_rate=2.0, schedule="wsd", warmup_steps=4, decay_share=0.25)
+    np.testing.assert_allclose(found, [0.5, 1.0, 1.5, *[2.0] * 12, *np.linspace(2.0, 0.0, 6)], atol=1e-6)
+    found = rates(20, learning_rate=2.0, schedule="wsd", warmup_steps=4, decay_share=1.0)
+    assert found == rates(20, learning_rate=2.0, schedule="linear", warmup_steps=4)
+
+
 def test_a_warm_up_is_shorter_than_the_run() -> None:
-    for schedule in ("constant", "cosine"):
+    for schedule in ("constant", "cosine", "linear", "wsd"):
         config = OptimizerConfig(schedule=schedule, warmup_steps=10)
         learning_rate_schedule(config, 11)
         for num_steps in (10, 9, 1):
@@ -164,6 +255,9 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
     ("field", "values", "words"),
     [
         ("learning_rate", (0.0, -1e-3, *NOT_FINITE), "learning rate is a positive number"),
+        ("muon_learning_rate", (0.0, -1e-3, *NOT_FINITE), "muon learning rate is a positive number"),
+        ("momentum", (-0.1, 1.0, *NOT_FINITE), "momentum is from 0 to below 1"),
+        ("decay_share", (0.0, 1.1, *NOT_FINITE), "decay share is above 0 and at most 1"),
         ("warmup_steps", (-1,), "warm-up steps is at least 0"),
         ("beta1", (-0.1, 1.0, *NOT_FINITE), "beta1 is from 0 to below 1"),
         ("beta2", (-0.1, 1.0, *NOT_FINITE), "beta2 is from 0 to below 1"),

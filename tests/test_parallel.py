@@ -12,7 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from jaxlm.parallel import mean_gradients, sequences_at_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +27,7 @@ import jax, numpy as np
 from jax.sharding import AxisType
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
-from jaxlm.parallel import batch_sharding, data_mesh, replicated
+from jaxlm.parallel import batch_sharding, data_mesh, replicated, share_among, sharding_beside
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, init_state, make_train_step
 
@@ -53,6 +58,10 @@ for mesh in (one, data_mesh(8)):
         "rows": [shard.data.shape[0] for shard in divided.addressable_shards],
         "copies": sorted({len(leaf.sharding.device_set) * leaf.sharding.is_fully_replicated for leaf in leaves}),
     })
+matrices = [np.random.default_rng(n).normal(size=(n, 5, 7)).astype(np.float32) for n in (1, 3, 8)]
+turned = jax.jit(lambda *x: share_among(data_mesh(8), lambda part: part @ part.swapaxes(1, 2), x))(*matrices)
+result["shared"] = max(float(np.abs(got - x @ x.swapaxes(1, 2)).max()) for got, x in zip(turned, matrices, strict=True))
+result["beside"] = [sharding_beside(state.params, n) == batch_sharding(data_mesh(8)) for n in (8, 6)]
 result["difference"] = max(float(np.abs(a - b).max()) for a, b in zip(*parameters))
 result["change"] = max(float(np.abs(a - b).max()) for a, b in zip(parameters[0], jax.tree.leaves(start)))
 print(json.dumps(result))
@@ -93,3 +102,71 @@ def test_steps_on_all_devices_are_those_on_one(four_devices: dict[str, Any]) -> 
         assert together == {name: pytest.approx(value, rel=1e-5) for name, value in alone.items()}
     assert four_devices["change"] > 1e-3
     assert four_devices["difference"] < 1e-5
+
+
+def test_arrays_are_shared_out_and_come_back_whole(four_devices: dict[str, Any]) -> None:
+    assert four_devices["shared"] < 1e-5
+    assert four_devices["beside"] == [True, False]
+
+
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole() -> None:
+    random = np.random.default_rng(0)
+    params = {"w": random.normal(size=(9, 4)).astype(np.float32)}
+    batch = random.normal(size=(6, 257, 9)).astype(np.float32)
+
+    def loss(params: Any, batch: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        scale = 1.0 if keys_B is None else jax.vmap(lambda key: jax.random.uniform(key))(keys_B)[:, None, None]
+        return (jnp.tanh(batch @ params["w"]) * scale).mean()
+
+    assert sequences_at_once(6, 257) == 2
+    for keys_B in (None, jax.random.split(jax.random.key(0), 6)):
+
+        def whole(params: Any, keys_B: Any = keys_B) -> jax.Array:
+            return loss(params, batch, keys_B)
+
+        pieces = jax.jit(lambda params, batch, keys: mean_gradients(loss, params, batch, keys, None))
+        found, found_grads = pieces(params, batch, keys_B)
+        expected, expected_grads = jax.value_and_grad(whole)(params)
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+        np.testing.assert_allclose(found_grads["w"], expected_grads["w"], atol=1e-6)
+
+
+def test_pieces_divide_the_batch_and_hold_few_tokens() -> None:
+    assert [sequences_at_once(64, time + 1) for time in (16, 128, 256, 512, 4096)] == [32, 4, 2, 1, 1]
+    assert sequences_at_once(3, 129) == 3
+    assert sequences_at_once(7, 129) == 1
+
+
+CORES = """
+import os, sys
+import jax
+from jaxlm.parallel import use_cores
+os.sched_getaffinity = lambda _: {0, 1, 2, 3, 4, 5}
+if sys.argv[2] == "late": jax.devices()
+use_cores(int(sys.argv[1]), 3 if sys.argv[2] == "recorded" else None)
+print(jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("batch", "how", "flags", "expected"),
+    [
+        ("64", "", "", 4),  # the most of six cores that divide the batch
+        ("12", "", "", 6),
+        ("7", "", "", 1),
+        ("12", "recorded", "", 3),
+        ("12", "", "--xla_force_host_platform_device_count=2", 2),
+        ("12", "late", "", 1),
+    ],
+)
+def test_a_device_for_each_core(batch: str, how: str, flags: str, expected: int) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    process = subprocess.run(
+        [sys.executable, "-c", CORES, batch, how],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.stdout.split() == [str(expected)], process.stderr
