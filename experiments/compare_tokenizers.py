@@ -23,7 +23,7 @@ from jaxlm.model import ModelConfig
 from jaxlm.parallel import data_mesh, use_cores
 from jaxlm.reports.figures import comparison_figure
 from jaxlm.reports.tables import comparison_table
-from jaxlm.runs import Run, check_writable, console, read_metrics, stored_tokenizer
+from jaxlm.runs import Run, check_writable, console, read_metrics, recorded_devices, stored_tokenizer
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 from jaxlm.training import TrainConfig, run_identity
 
@@ -60,7 +60,6 @@ PRESETS = {
 
 def main(config: Config) -> None:
     check_writable(Path(config.workdir))
-    use_cores(4)  # what every arm's batch is a multiple of
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     size = config.model.vocab_size
@@ -78,6 +77,8 @@ def main(config: Config) -> None:
             partial(SentencePieceTokenizer.train, vocab_size=size),
         ),
     }
+    recorded = (recorded_devices(Path(config.workdir) / name) for name in makers)
+    use_cores(4, next(filter(None, recorded), None))  # every arm's batch is a multiple of four
     # Every arm is prepared before the first is trained, so that bad input is said at once.
     arms = []
     for name, (settings, make) in makers.items():
