@@ -1,8 +1,12 @@
-"""The fast attention is the formula: the same values, the same gradients, and dropout that acts on weights alone."""
+"""The fast attention is the formula: the same values, the same gradients, the same dropout, in memory that grows with
+the context and not with its square."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -10,135 +14,262 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from jaxlm.attention import causal_attention, causal_attention_reference, dropout
+from jaxlm.attention import Implementation, causal_attention, default_implementation
+from jaxlm.tokenizers.base import InputError
 
 Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 
-# Around the edges of the blocks of 64 queries: within one, exactly one, one more, several with a rest.
-LENGTHS = [1, 2, 63, 64, 65, 131]
+# Programs that take longer to compile than to run are compiled in haste.
+HASTE = {"xla_backend_optimization_level": 0}
 
-attend = jax.jit(causal_attention, static_argnames="dropout_rate")
-
-
-def random_inputs(seed: int, time: int, heads: int, width: int, batch: int = 2) -> tuple[Float32, ...]:
-    """q, k, v and a gradient to come from above, all of shape (B, T, H, K)."""
-    return tuple(np.random.default_rng(seed).normal(size=(4, batch, time, heads, width)).astype(np.float32))
+attend = jax.jit(causal_attention, static_argnames=("scale", "window", "dropout_rate", "implementation"))
 
 
-def attention_by_hand(q: npt.NDArray, k: npt.NDArray, v: npt.NDArray) -> npt.NDArray[np.float64]:
+@dataclass(frozen=True)
+class Case:
+    """What attention is asked for."""
+
+    time: int
+    heads: int = 2
+    kv_heads: int = 2
+    width: int = 3
+    batch: int = 2
+    window: int | None = None
+    documents: int = 1
+    rate: float = 0.0
+    scale: float | None = None
+
+    def arrays(self) -> tuple[Float32, ...]:
+        """q, k, v and a gradient to come from above."""
+        random = np.random.default_rng(self.time)
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        return tuple(random.normal(size=(self.batch, self.time, n, self.width)).astype(np.float32) for n in heads)
+
+    def documents_BT(self) -> Int32 | None:
+        """Documents of random lengths, some of a single position, numbered in no order; None for a single one."""
+        if self.documents == 1:
+            return None
+        random = np.random.default_rng(self.documents)
+        changes = [random.choice(np.arange(1, self.time), self.documents - 1, replace=False) for _ in range(self.batch)]
+        numbers = random.permutation(self.documents).astype(np.int32)
+        return np.stack([numbers[np.isin(np.arange(self.time), row).cumsum()] for row in changes])
+
+    def keys_B(self) -> jax.Array | None:
+        return jax.random.split(jax.random.key(self.time), self.batch) if self.rate else None
+
+    def attention(self, implementation: Implementation) -> partial[jax.Array]:
+        """A function of q, k, v and what isn't differentiated: documents and keys."""
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array, keys: jax.Array) -> jax.Array:
+            return causal_attention(
+                q, k, v, scale=self.scale, window=self.window, documents_BT=documents, dropout_rate=self.rate,
+                dropout_keys_B=keys, implementation=implementation,
+            )  # fmt: skip
+
+        return attention
+
+
+def attention_by_hand(case: Case, q: Float32, k: Float32, v: Float32) -> npt.NDArray[np.float64]:
     """One position, one head after another, in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros_like(v)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    scale = 1 / math.sqrt(case.width) if case.scale is None else case.scale
+    window = case.window or case.time
+    documents_BT = np.zeros((case.batch, case.time)) if case.documents_BT() is None else case.documents_BT()
+    out = np.zeros_like(q)
     for b, t, h in np.ndindex(q.shape[:3]):
-        scores = [math.fsum(q[b, t, h] * k[b, s, h]) / math.sqrt(q.shape[3]) for s in range(t + 1)]
+        g = h * case.kv_heads // case.heads  # heads that follow each other share their keys and values
+        seen = [s for s in range(t + 1) if t - s < window and documents_BT[b, s] == documents_BT[b, t]]
+        scores = [scale * math.fsum(q[b, t, h] * k[b, s, g]) for s in seen]
         weights = [math.exp(score - max(scores)) for score in scores]
-        out[b, t, h] = sum(weight / math.fsum(weights) * v[b, s, h] for s, weight in enumerate(weights))
+        out[b, t, h] = sum(weight / math.fsum(weights) * v[b, s, g] for s, weight in zip(seen, weights, strict=True))
     return out
 
 
-def weights_of(q_BTHK: Float32, k_BTHK: Float32, rate: float, key: jax.Array | None) -> Float32:
-    """The attention weights that `causal_attention` used, (B, T, H, S): values that are the identity show them."""
-    batch, time, heads, _ = q_BTHK.shape
-    assert q_BTHK.shape[3] == time, "the identity needs heads as wide as the sequence is long"
-    identity = np.broadcast_to(np.eye(time, dtype=np.float32)[None, :, None, :], (batch, time, heads, time))
-    return np.asarray(attend(q_BTHK, k_BTHK, identity, dropout_rate=rate, dropout_key=key))
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(65),
+        Case(1),
+        Case(70, heads=6, kv_heads=2),
+        Case(70, window=1),
+        Case(70, window=9),
+        Case(70, documents=7),
+        Case(70, heads=4, kv_heads=1, window=9, documents=4, scale=0.3),
+    ],
+    ids=["plain", "one position", "groups", "window of one", "window", "documents", "all"],
+)
+def test_both_are_the_formula(case: Case, implementation: Implementation) -> None:
+    attention = jax.jit(case.attention(implementation))
+    qkv = case.arrays()[:3]
+    found = attention(*qkv, case.documents_BT(), None)
+    np.testing.assert_allclose(found, attention_by_hand(case, *qkv), atol=3e-6)
 
 
-def test_both_are_the_formula() -> None:
-    q, k, v, _ = random_inputs(0, time=65, heads=2, width=3)
-    expected = attention_by_hand(q, k, v)
-    np.testing.assert_allclose(attend(q, k, v), expected, atol=2e-6)
-    np.testing.assert_allclose(causal_attention_reference(q, k, v), expected, atol=2e-6)
+# Around the edges of the blocks of 64 queries: within one, exactly one, one more, several with a rest. Above 1,024, a
+# segment of the program has several blocks: two at 1,100 and three at 2,300.
+CASES = [
+    *(Case(time) for time in (1, 2, 63, 64, 131)),
+    Case(7, heads=4, kv_heads=4, width=1),
+    Case(64, heads=6, kv_heads=3, window=64, rate=0.5),
+    Case(65, heads=4, kv_heads=1, width=8, documents=5),
+    Case(127, heads=1, kv_heads=1, window=64, documents=40),
+    Case(128, heads=2, kv_heads=1, window=1, rate=0.1),
+    Case(129, heads=4, kv_heads=2, window=65, documents=3, rate=0.3, scale=1.7),
+    Case(200, window=300, rate=0.9),
+    Case(1100, heads=4, kv_heads=2, batch=1, window=100, documents=6, rate=0.2),
+    Case(1100, heads=2, kv_heads=1, rate=0.5),
+    Case(2300, heads=1, kv_heads=1, batch=1, window=700, documents=3),
+]
 
 
-@pytest.mark.parametrize(("time", "heads", "width"), [*((time, 2, 3) for time in LENGTHS), (65, 1, 8), (7, 4, 1)])
-def test_equals_the_reference_in_values_and_gradients(time: int, heads: int, width: int) -> None:
-    *qkv, above = random_inputs(time * 100 + heads, time, heads, width)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_blocks_equal_the_reference_in_values_and_gradients(case: Case) -> None:
+    *qkv, above = case.arrays()
 
-    @jax.jit
-    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> list[tuple[jax.Array, ...]]:
+    @partial(jax.jit, compiler_options=HASTE)
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, above: jax.Array, *rest: jax.Array) -> list[list[jax.Array]]:
         outputs = []
-        for attention in (causal_attention, causal_attention_reference):
-            values, pull_back = jax.vjp(attention, q, k, v)
-            outputs.append((values, *pull_back(above)))
+        for implementation in ("blocks", "reference"):
+            attention = case.attention(implementation)
+            values, pull_back = jax.vjp(lambda q, k, v, f=attention: f(q, k, v, *rest), q, k, v)
+            outputs.append([values, *pull_back(above)])
         return outputs
 
-    fast, plain = both(*qkv)
-    for name, got, expected in zip(("values", "dq", "dk", "dv"), fast, plain, strict=True):
-        assert got.shape == expected.shape == (2, time, heads, width)
-        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
+    blocks, reference = both(*qkv, above, case.documents_BT(), case.keys_B())
+    for name, got, expected in zip(("values", "dq", "dk", "dv"), blocks, reference, strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, atol=3e-6 * max(1.0, np.abs(expected).max()), err_msg=name)
 
 
-def test_large_scores_neither_overflow_nor_lose_their_gradients() -> None:
-    q, k, v, above = random_inputs(1, time=65, heads=2, width=3)
-    values, pull_back = jax.vjp(attend, q * 300, k * 300, v)
-    assert np.isfinite(values).all()
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+def test_large_scores_neither_overflow_nor_lose_precision(implementation: Implementation) -> None:
+    """Scores of whole numbers are exact, so a softmax that subtracts the highest is as good as with small ones."""
+    case = Case(130, scale=1.0)
+    q, k, v, above = case.arrays()
+    q, k = np.round(300 * q), np.round(300 * k)
+    values, pull_back = jax.vjp(partial(attend, scale=1.0, implementation=implementation), q, k, v)
+    np.testing.assert_allclose(values, attention_by_hand(case, q, k, v), atol=1e-6)
+    # Weights are zero or one but for some close calls: v's gradients are sums of whole rows.
+    _, _, dv = pull_back(above)
+    np.testing.assert_allclose(dv.sum(axis=1), above.sum(axis=1), atol=1e-4)
     assert all(np.isfinite(gradient).all() for gradient in pull_back(above))
 
 
-def test_the_first_position_sees_itself_alone_and_no_position_a_later_one() -> None:
-    q, k, v, _ = random_inputs(2, time=131, heads=2, width=3)
-    before = attend(q, k, v)
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+def test_no_position_sees_a_later_one(implementation: Implementation) -> None:
+    q, k, v, above = Case(131).arrays()
+    attention = partial(attend, implementation=implementation)
+    before = attention(q, k, v)
     np.testing.assert_allclose(before[:, 0], v[:, 0], rtol=1e-6)
+    pull_back = jax.jit(lambda q, k, v, above: jax.vjp(attention, q, k, v)[1](above))
     for cut in (1, 63, 64, 130):
         later_k, later_v = k.copy(), v.copy()
         later_k[:, cut:] += 7.0
         later_v[:, cut:] -= 3.0
-        after = attend(q, later_k, later_v)
+        after = attention(q, later_k, later_v)
         np.testing.assert_array_equal(after[:, :cut], before[:, :cut])
         assert (after[:, cut:] != before[:, cut:]).all()
+        early = np.where(np.arange(131)[:, None, None] < cut, above, 0.0)
+        dq, dk, dv = pull_back(q, k, v, early)
+        assert not any(gradient[:, cut:].any() for gradient in (dq, dk, dv))
+        assert dv[:, :cut].all()
+
+
+# ---- what it costs and where it runs
+
+
+def temporary_bytes(implementation: Implementation, time: int) -> int:
+    """What forward and backward take beside inputs and outputs, with documents and dropout. Compiled, never run."""
+    case = Case(time, heads=1, kv_heads=1, width=8, batch=1, rate=0.1)
+    numbers = jax.ShapeDtypeStruct((1, time, 1, 8), jnp.float32)
+    documents = jax.ShapeDtypeStruct((1, time), jnp.int32)
+
+    @partial(jax.grad, argnums=(0, 1, 2))
+    def slope(*arguments: jax.Array) -> jax.Array:
+        return case.attention(implementation)(*arguments).sum()
+
+    lowered = jax.jit(slope).lower(numbers, numbers, numbers, documents, jax.eval_shape(case.keys_B))
+    return lowered.compile(HASTE).memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_the_context_and_that_of_the_reference_with_its_square() -> None:
+    times = (8_192, 16_384, 32_768)
+    blocks, reference = ([temporary_bytes(name, time) for time in times] for name in ("blocks", "reference"))
+    for short, long in pairwise(blocks):
+        assert 1.8 < long / short < 2.1
+    for short, long in pairwise(reference):
+        assert 3.8 < long / short < 4.2
+    assert blocks[-1] < 128 * 2**20 < 8 * 2**30 < reference[-1]
+
+
+def test_the_default_depends_on_backend_dtype_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for backend in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        for dtype in ("float32", "bfloat16", "float16"):
+            for rate in (0.0, 0.1):
+                found[backend, dtype, rate] = default_implementation(jnp.dtype(dtype), rate)
+    assert {key for key, name in found.items() if name == "cudnn"} == {
+        ("gpu", "bfloat16", 0.0),
+        ("gpu", "float16", 0.0),
+    }
+    assert set(found.values()) == {"cudnn", "blocks"}
+
+
+def test_without_a_word_it_is_the_default() -> None:
+    q, k, v, _ = Case(70).arrays()
+    blocks = attend(q, k, v, implementation="blocks")
+    np.testing.assert_array_equal(attend(q, k, v), blocks)
+    assert not np.array_equal(attend(q, k, v, implementation="reference"), blocks)  # roundings tell them apart
+
+
+def test_cudnn_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = Case(7).arrays()
+
+    def refusal(**settings: object) -> str:
+        with pytest.raises(InputError) as caught:
+            causal_attention(q, k, v, implementation="cudnn", **settings)
+        return str(caught.value)
+
+    assert refusal() == "cudnn attention needs a GPU, and JAX runs on cpu here; leave it out."
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "computes in 16 bits, not in float32" in refusal()
+    assert "set the dropout to 0" in refusal(dropout_rate=0.1, dropout_keys_B=jax.random.split(jax.random.key(0), 2))
+    with pytest.raises(InputError, match="one of reference, blocks, cudnn, not 'flash'"):
+        causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]
 
 
 # ---- dropout
 
 
-def test_without_a_rate_or_without_a_key_nothing_changes() -> None:
-    q, k, v, _ = random_inputs(3, time=65, heads=2, width=3)
-    plain = attend(q, k, v)
-    key = jax.random.key(0)
-    np.testing.assert_array_equal(attend(q, k, v, dropout_rate=0.5, dropout_key=None), plain)
-    np.testing.assert_array_equal(attend(q, k, v, dropout_rate=0.0, dropout_key=key), plain)
-    assert dropout(v, 0.5, None) is v
-    assert dropout(v, 0.0, key) is v
-    assert not np.array_equal(attend(q, k, v, dropout_rate=0.5, dropout_key=key), plain)
+def weights_of(
+    q_BTHK: Float32, k_BTGK: Float32, rate: float, keys_B: jax.Array | None, name: Implementation
+) -> Float32:
+    """The attention weights that `causal_attention` used, (B, T, H, S): values that are the identity show them."""
+    batch, time, heads, _ = q_BTHK.shape
+    assert q_BTHK.shape[3] == time, "the identity needs heads as wide as the sequence is long"
+    identity = np.broadcast_to(np.eye(time, dtype=np.float32)[None, :, None, :], (batch, time, heads, time))
+    return np.asarray(attend(q_BTHK, k_BTGK, identity, dropout_rate=rate, dropout_keys_B=keys_B, implementation=name))
 
 
-@pytest.mark.parametrize("rate", [0.001, 0.2, 0.5, 0.9])
-def test_the_kept_share_and_the_scale(rate: float) -> None:
-    x = jnp.full((1000, 1000), 3.0)
-    kept = np.asarray(dropout(x, rate, jax.random.key(4)))
-    deviation = math.sqrt(rate * (1 - rate) / kept.size)
-    assert abs((kept != 0).mean() - (1 - rate)) < 5 * deviation + 2**-16
-    np.testing.assert_allclose(kept[kept != 0], 3.0 / (1 - rate), rtol=2**-16 / (1 - rate))
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+def test_without_a_rate_or_without_keys_nothing_is_dropped(implementation: Implementation) -> None:
+    q, k, v, _ = Case(65).arrays()
+    attention = partial(attend, q, k, v, implementation=implementation)
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_array_equal(attention(dropout_rate=0.5, dropout_keys_B=None), attention())
+    np.testing.assert_array_equal(attention(dropout_rate=0.0, dropout_keys_B=keys_B), attention())
+    assert not np.array_equal(attention(dropout_rate=0.5, dropout_keys_B=keys_B), attention())
 
 
-@pytest.mark.parametrize("rate", [1e-6, 0.2, 0.99, 0.9999, 0.999995])
-def test_the_expectation_is_preserved(rate: float) -> None:
-    """Also at rates that 16 random bits can't express: the scale is that of the share which is really kept."""
-    kept = np.asarray(dropout(jnp.ones(5_000_000), rate, jax.random.key(5)), np.float64)
-    deviation = math.sqrt(1 / (1 - min(rate, 1 - 2**-16)) / kept.size)  # of the mean: sqrt(rate / (1 - rate) / n)
-    assert kept.mean() == pytest.approx(1.0, abs=5 * deviation)
-
-
-def test_dropout_keeps_the_signs_and_the_gradient_is_the_mask() -> None:
-    x, key = np.random.default_rng(6).normal(size=(100, 100)).astype(np.float32), jax.random.key(7)
-    mask = np.asarray(dropout(jnp.ones_like(x), 0.3, key))
-    np.testing.assert_allclose(dropout(x, 0.3, key), x * mask, rtol=1e-6)
-    np.testing.assert_array_equal(jax.grad(lambda x: dropout(x, 0.3, key).sum())(x), mask)
-
-
-def test_the_same_key_gives_the_same_mask_and_another_key_another() -> None:
-    x = jnp.ones((100, 100))
-    first, again, other = (np.asarray(dropout(x, 0.5, jax.random.key(seed))) != 0 for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert abs((first == other).mean() - 0.5) < 0.03  # independent masks agree by chance
-
-
-def test_dropout_acts_on_the_attention_weights_each_by_itself() -> None:
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+def test_dropout_acts_on_the_attention_weights_each_by_itself(implementation: Implementation) -> None:
     time, rate = 100, 0.25
-    q, k, *_ = random_inputs(8, time, heads=2, width=time)
-    plain = weights_of(q, k, 0.0, None)
-    dropped = weights_of(q, k, rate, jax.random.key(9))
+    q, k, *_ = Case(time, width=time).arrays()
+    plain = weights_of(q, k, 0.0, None, implementation)
+    dropped = weights_of(q, k, rate, jax.random.split(jax.random.key(9), 2), implementation)
     allowed = np.broadcast_to(np.tril(np.ones((time, time), bool))[None, :, None, :], plain.shape)
     np.testing.assert_allclose(plain.sum(axis=-1), 1.0, rtol=1e-5)
     assert not plain[~allowed].any()
@@ -148,15 +279,34 @@ def test_dropout_acts_on_the_attention_weights_each_by_itself() -> None:
     assert kept[allowed].mean() == pytest.approx(1 - rate, abs=0.01)
     # Two masks drawn apart agree in (1 - rate)^2 + rate^2 of their entries, one drawn once and used twice in all.
     by_chance = (1 - rate) ** 2 + rate**2
-    heads_first, allowed_first = kept.swapaxes(1, 2), allowed.swapaxes(1, 2)
-    blocks = (slice(0, 64), slice(64, time))
-    size = 2 * 2 * 36 * time  # of the smaller block, whose random bits may be the first ones of the other
-    one, two = (heads_first[:, :, block, : block.stop].ravel()[:size] for block in blocks)
-    where = np.logical_and(*(allowed_first[:, :, block, : block.stop].ravel()[:size] for block in blocks))
-    assert where.sum() > 2000
     for first, second, seen in (
         (kept[0], kept[1], allowed[0]),
         (kept[:, :, 0], kept[:, :, 1], allowed[:, :, 0]),
-        (one, two, where),
+        (kept[:, :36, :, :36], kept[:, 64:, :, :36], allowed[:, :36, :, :36]),  # the first and the second block
     ):
+        assert seen.sum() > 2000
         assert (first == second)[seen].mean() == pytest.approx(by_chance, abs=0.03)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+def test_the_mean_over_many_masks_is_attention_without_dropout(implementation: Implementation) -> None:
+    count, rate = 5000, 0.4
+    q, k, v, _ = (np.broadcast_to(x, (count, *x.shape[1:])) for x in Case(8, kv_heads=1, batch=1).arrays())
+    attention = partial(attend, implementation=implementation)
+    plain = np.asarray(attention(q[:1], k[:1], v[:1]))[0]
+    keys_B = jax.random.split(jax.random.key(10), count)
+    drawn = np.asarray(attention(q, k, v, dropout_rate=rate, dropout_keys_B=keys_B), np.float64)
+    errors = (drawn.mean(axis=0) - plain) / (drawn.std(axis=0) / math.sqrt(count))
+    assert np.abs(errors).max() < 4.5
+    assert np.square(errors).mean() < 2.0
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+def test_a_sequence_has_the_same_weights_dropped_in_whatever_batch(implementation: Implementation) -> None:
+    q, k, v, _ = Case(70, batch=3).arrays()
+    keys_B = jax.random.split(jax.random.key(11), 3)
+    attention = partial(attend, dropout_rate=0.5, implementation=implementation)
+    together = attention(q, k, v, dropout_keys_B=keys_B)
+    alone = attention(q[1:2], k[1:2], v[1:2], dropout_keys_B=keys_B[1:2])
+    np.testing.assert_allclose(together[1:2], alone, atol=2e-6)
+    assert np.abs(together[1:2] - attention(q[1:2], k[1:2], v[1:2], dropout_keys_B=keys_B[:1])).max() > 0.1
