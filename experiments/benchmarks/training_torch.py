@@ -72,17 +72,17 @@ def main() -> None:
     tokens = torch.randint(config["vocab_size"], (config["batch_size"], config["context"] + 1), device=device)
     half = config["compute_type"] == "bfloat16"
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = loss_of(tokens)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return loss
+        return loss.detach()
 
     for line in sys.stdin:
         seconds = []
-        loss = math.nan
+        loss = torch.tensor(math.nan)
         for _ in range(int(line)):
             started = time.perf_counter()
             loss = step()
@@ -92,7 +92,7 @@ def main() -> None:
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(0).ru_maxrss * 1024
         answer = {
             "seconds": seconds,
-            "loss": float(loss),
+            "loss": loss.item(),
             "memory": memory,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads",
