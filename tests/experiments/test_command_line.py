@@ -200,7 +200,7 @@ def test_options_that_exclude_each_other(refused: Callable[..., str], corpus: st
     assert "learning rate is a positive number, not -1.0" in refuse("--learning-rate -1")
     assert "muon learning rate is a positive number, not 0.0" in refuse("--muon-learning-rate 0")
     assert "decay share" in refuse("--decay-share nan")
-    assert "cudnn attention needs a GPU" in refuse("--attention cudnn")
+    assert "cudnn attention needs a GPU" in refuse("--attention cudnn --vocab-size 30 --context 16")
 
 
 def test_unknown_split(refused: Callable[..., str], corpus: str) -> None:
