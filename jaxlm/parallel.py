@@ -115,7 +115,7 @@ def one_at_a_time(mesh: Mesh, results: Any) -> None:
 
 def sharding_beside(params: Any, batch_size: int) -> NamedSharding | None:
     """How a batch is divided among the devices that all hold `params`; None for a single device, or if it can't be."""
-    sharding = jax.tree.leaves(params)[0].sharding
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, NamedSharding) or batch_size % sharding.mesh.size:
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(_DATA))
@@ -175,7 +175,7 @@ def share_among(
         together = jax.lax.all_gather(jnp.concatenate([part.reshape(-1) for part in parts]), _DATA)
         ends = itertools.accumulate(part.size for part in parts)
         return [
-            together[:, end - part.size : end].reshape(-1, *array.shape[1:])[: len(array)]
+            together[:, end - part.size : end].reshape(-1, *part.shape[1:])[: len(array)]
             for array, part, end in zip(arrays, parts, ends, strict=True)
         ]
 

@@ -403,11 +403,11 @@ def test_causality_by_gradients(config: ModelConfig, reach: int) -> None:
 
 
 def test_with_rope_and_a_window_logits_do_not_depend_on_where_a_text_stands() -> None:
-    config = replace(ALL, context=30)  # which reaches back by 1 + 2 (4 + 1 + 1) = 13 tokens
+    config = replace(ALL, context=30)  # which reaches back by 1 + 2 x 4 = 9 tokens
     params, tokens_BT = lively(config), random_tokens(config)
     whole, later = logits_of(params, tokens_BT, config), logits_of(params, tokens_BT[:, 10:], config)
-    np.testing.assert_allclose(later[:, 13:], whole[:, 23:], atol=2e-5)
-    assert (np.abs(later[:, :13] - whole[:, 10:23]).max(axis=(0, 2)) > 2e-4).all()
+    np.testing.assert_allclose(later[:, 9:], whole[:, 19:], atol=2e-5)
+    assert (np.abs(later[:, :9] - whole[:, 10:19]).max(axis=(0, 2)) > 2e-4).all()
 
 
 def test_logits_depend_neither_on_what_follows_nor_on_the_rest_of_the_batch() -> None:
