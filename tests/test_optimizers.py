@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -188,12 +189,77 @@ def test_muon_acts_on_the_matrices_of_blocks_and_adamw_on_all_else() -> None:
         np.testing.assert_allclose(found["block_0"][name]["kernel"], x, atol=2e-4, err_msg=name)
 
 
+def updates_of(config: OptimizerConfig, params: Any, gradients: list[Any]) -> list[Any]:
+    """The updates of one step after the other, the parameters following them."""
+    optimizer = make_optimizer(config, STEPS)
+    update = jax.jit(optimizer.update)
+    state, found = optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(updates)
+    return found
+
+
+WITH_ALL = OptimizerConfig(
+    name="muon", learning_rate=0.05, muon_learning_rate=0.3, momentum=0.7, weight_decay=0.5, clip_norm=2.0,
+    schedule="cosine", warmup_steps=2, decay="matrices",
+)  # fmt: skip
+
+
+def test_clipping_is_by_the_norm_of_all_gradients_before_muon_takes_its_part() -> None:
+    """Gradients on both sides of the clipping norm, which weighs them differently in the momentum."""
+    params, gradients = block_tree(0), [block_tree(1 + step) for step in range(4)]
+    gradients = [jax.tree.map(lambda x, s=step: x * 10.0 ** (s % 3 - 2), g) for step, g in enumerate(gradients)]
+    found = updates_of(WITH_ALL, params, gradients)
+    for name in ("up", "down", "query"):
+        x, momentum = params["block_0"][name]["kernel"].astype(np.float64), 0.0
+        for step, gradient in enumerate(gradients):
+            norm = math.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(gradient)))
+            g = gradient["block_0"][name]["kernel"].astype(np.float64) * min(1.0, 2.0 / norm)
+            momentum = 0.7 * momentum + g
+            rate = learning_rate_by_hand(replace(WITH_ALL, learning_rate=0.3), step)
+            update = -rate * (muon_by_hand(g + 0.7 * momentum) + 0.5 * x)
+            np.testing.assert_allclose(found[step]["block_0"][name]["kernel"], update, atol=1e-4, err_msg=name)
+            x = x + update
+
+
+def test_with_muon_all_but_block_matrices_get_exactly_the_updates_of_adamw() -> None:
+    params, gradients = block_tree(0), [block_tree(1 + step) for step in range(4)]
+    of_muon, of_adamw = (updates_of(replace(WITH_ALL, name=name), params, gradients)[-1] for name in ("muon", "adamw"))
+    for (path, found), expected, is_muon in zip(
+        jax.tree_util.tree_leaves_with_path(of_muon),
+        jax.tree.leaves(of_adamw),
+        jax.tree.leaves(block_matrices(params)),
+        strict=True,
+    ):
+        if is_muon:
+            assert np.abs(found - expected).max() > 0.01, path
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=str(path))
+
+
+def test_an_update_of_muon_has_the_singular_vectors_of_the_gradient_and_an_rms_near_its_share() -> None:
+    gradient = block_tree(1)
+    config = OptimizerConfig(name="muon", muon_learning_rate=1.0, weight_decay=0.0)
+    (updates,) = updates_of(config, gradient, [gradient])
+    for name in ("up", "down", "query", "key"):
+        update = np.asarray(updates["block_0"][name]["kernel"], np.float64)
+        left, _, right = np.linalg.svd(gradient["block_0"][name]["kernel"], full_matrices=False)
+        turned = left.T @ -update @ right.T / (0.2 * math.sqrt(max(update.shape)))
+        values = np.diag(turned)
+        assert ((values > 0.6) & (values < 1.3)).all()
+        np.testing.assert_allclose(turned, np.diag(values), atol=1e-4)
+        assert 0.2 * 0.6 < np.sqrt((update**2).mean()) < 0.2 * 1.3
+
+
 def test_block_matrices_are_those_of_a_model() -> None:
-    params = jax.eval_shape(lambda key: init(ModelConfig(20), key), jax.random.key(0))
+    config = ModelConfig(20, activation="swiglu", input_tokens=2)
+    params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     chosen = jax.tree_util.tree_leaves_with_path(block_matrices(params))
-    names = {"/".join(entry.key for entry in path) for path, is_one in chosen if is_one}
-    assert len(names) == 12
-    assert all(name.startswith("block_") and name.endswith("/kernel") for name in names)
+    found = {"/".join(entry.key for entry in path) for path, is_one in chosen if is_one}
+    names = ["query", "key", "value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"]
+    assert found == {f"block_{layer}/{name}/kernel" for layer in range(2) for name in names}
 
 
 # ---- schedules
@@ -234,6 +300,25 @@ def test_linear_falls_from_the_warm_up_on_and_wsd_in_its_last_part() -> None:
     np.testing.assert_allclose(found, [0.5, 1.0, 1.5, *[2.0] * 12, *np.linspace(2.0, 0.0, 6)], atol=1e-6)
     found = rates(20, learning_rate=2.0, schedule="wsd", warmup_steps=4, decay_share=1.0)
     assert found == rates(20, learning_rate=2.0, schedule="linear", warmup_steps=4)
+
+
+def test_wsd_falls_for_a_step_at_least() -> None:
+    assert rates(10, learning_rate=1.0, schedule="wsd", decay_share=0.01) == [1.0] * 10 + [0.0]
+    assert rates(1, learning_rate=1.0, schedule="wsd") == [1.0, 0.0]
+
+
+def test_a_warm_up_of_none_is_a_tenth_of_the_run() -> None:
+    for schedule in ("constant", "cosine", "linear", "wsd"):
+        for num_steps, warmup in ((39, 3), (40, 4), (9, 0), (1, 0)):
+            settings = {"learning_rate": 1.0, "schedule": schedule}
+            assert rates(num_steps, warmup_steps=None, **settings) == rates(num_steps, warmup_steps=warmup, **settings)
+
+
+def test_a_schedule_can_have_another_peak() -> None:
+    config = OptimizerConfig(learning_rate=0.1, schedule="wsd", warmup_steps=3)
+    lower, higher = (learning_rate_schedule(config, 20, peak=peak) for peak in (None, 0.5))
+    for step in range(20):
+        assert float(higher(step)) == pytest.approx(5 * float(lower(step)), rel=1e-6)
 
 
 def test_a_warm_up_is_shorter_than_the_run() -> None:
