@@ -55,7 +55,7 @@ PRESETS = {
     ),
     # 453,986 parameters. 1,000 steps on 10 MB of French Wikipedia: 2.678 bits per byte, 16,800 tokens/s (2 cores).
     "seed": Config(preset="seed", workdir="runs/char_lm-seed", training=TrainConfig(steps=73_000)),
-    # A modern recipe at the seed's size, 10 minutes on 2 cores; see SPEEDRUN.md, whose windows are shorter at first.
+    # The recipe of the speedrun's long track, whose windows are shorter at first. Not run to its end yet as it is here.
     "modern": Config(
         preset="modern",
         workdir="runs/char_lm-modern",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ MODERN_MODEL = ModelConfig(
     zero_outputs=True,
     input_tokens=3,
 )
+MODERN_BPE_MODEL = replace(MODERN_MODEL, vocab_size=500, feed_forward_width=384, input_tokens=1)
 MODERN_OPTIMIZER = OptimizerConfig(
     name="muon",
     learning_rate=0.02,

@@ -26,10 +26,11 @@ from typing import Literal
 import grain
 import jax
 import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 
 from experiments.command_line import program
-from experiments.language_model import MODERN_MODEL, MODERN_OPTIMIZER, tokenize
+from experiments.language_model import MODERN_BPE_MODEL, MODERN_MODEL, MODERN_OPTIMIZER, tokenize
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenizedCorpus, TokenStream, survey_corpus, train_documents
@@ -41,7 +42,6 @@ from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, init_state, make_train_step
 
-BPE_MODEL = replace(MODERN_MODEL, vocab_size=500, feed_forward_width=384, input_tokens=1)
 SHORT = TrainConfig(steps=600, batch_size=8, optimizer=replace(MODERN_OPTIMIZER, muon_learning_rate=0.01))
 MIDDLE = replace(SHORT, steps=1_500)
 LONG = TrainConfig(steps=5_000, batch_size=16, optimizer=MODERN_OPTIMIZER)
@@ -75,9 +75,9 @@ PRESETS = {
     "short": Config(),
     "middle": Config(preset="middle", training=MIDDLE),
     "long": Config(preset="long", training=LONG),
-    "bpe-short": Config(preset="bpe-short", tokenizer="bpe", model=BPE_MODEL),
-    "bpe-middle": Config(preset="bpe-middle", tokenizer="bpe", model=BPE_MODEL, training=MIDDLE),
-    "bpe-long": Config(preset="bpe-long", tokenizer="bpe", model=BPE_MODEL, training=LONG),
+    "bpe-short": Config(preset="bpe-short", tokenizer="bpe", model=MODERN_BPE_MODEL),
+    "bpe-middle": Config(preset="bpe-middle", tokenizer="bpe", model=MODERN_BPE_MODEL, training=MIDDLE),
+    "bpe-long": Config(preset="bpe-long", tokenizer="bpe", model=MODERN_BPE_MODEL, training=LONG),
 }
 
 
@@ -109,7 +109,9 @@ def main(config: Config) -> None:
         state, seconds, compilation, tokens = run(config, train, seed)
         params = jax.device_put(state, jax.devices()[0])
         result = Result(
-            in_windows(params, config.model, scored) / math.log(2) / float(scored.document_bytes.sum()),
+            in_windows(params, config.model, scored.slice(0, len(scored)))
+            / math.log(2)
+            / float(scored.document_bytes.sum()),
             evaluate(params, config.model, scored, tokenizer.end_of_text_id).bits_per_byte,
             seconds,
             compilation,
@@ -185,13 +187,12 @@ def split(data: TokenizedCorpus) -> tuple[TokenStream, TokenStream]:
     return parts[0], parts[1]
 
 
-def in_windows(params: Params, model: ModelConfig, stream: TokenStream, batch: int = 64) -> float:
-    """Nats of all documents as one text: windows of `context` tokens without overlap, the rest at their mean."""
-    ids = stream.slice(0, len(stream))
+def in_windows(params: Params, model: ModelConfig, ids: npt.NDArray[np.int32], batch: int = 64) -> float:
+    """Nats of a text in one piece: windows of `context` tokens without overlap, the rest at their mean."""
+    score = jax.jit(partial(_nats, model=model))
     count = (len(ids) - 1) // model.context
     size = count * model.context
     inputs, targets = (ids[start : start + size].reshape(count, model.context) for start in (0, 1))
-    score = jax.jit(partial(_nats, model=model))
     nats = sum(float(score(params, inputs[i : i + batch], targets[i : i + batch])) for i in range(0, count, batch))
     return nats / size * len(ids)
 

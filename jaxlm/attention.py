@@ -1,4 +1,4 @@
-"""Causal self-attention (Vaswani et al. 2017): one function, two implementations, and the plain reference.
+"""Causal self-attention (Vaswani et al. 2017): one function, two fast implementations, and the plain reference.
 
 Shapes: B batch, T time, H query heads, G key and value heads (each serves H / G query heads), K head width. Inside the
 blockwise one: R = B H rows, Q queries of a block, S keys up to its end.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxlm.dropout import keep_mask, row_seeds
 from jaxlm.tokenizers.base import InputError
 
 Implementation = Literal["reference", "blocks", "cudnn"]
-IMPLEMENTATIONS = ("reference", "blocks", "cudnn")
+IMPLEMENTATIONS = get_args(Implementation)
 
 _BLOCK = 64  # queries of a block
 _SEGMENTS = 16  # a program has so many pieces at most; a longer context has several blocks in each

@@ -83,7 +83,7 @@ class ModelConfig:
             raise InputError(f"The model's window is from 1 to its context of {self.context}, not {self.window}.")
         for name in ("rope_base", "logit_cap"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if not (value is None and name == "logit_cap") and not (value and math.isfinite(value) and value > 0):
                 raise InputError(f"The model's {name} is a positive number, not {value}.")
 
 
@@ -143,7 +143,8 @@ class Decoder(nn.Module):
         batch, time = tokens_BT.shape
         if time > config.context:
             raise ValueError(f"{time} tokens don't fit into a context of {config.context}.")
-        normal = nn.initializers.normal(0.2 if config.zero_outputs else 0.02)
+        # A head that is the embedding keeps the first logits small only if the embedding is.
+        normal = nn.initializers.normal(0.2 if config.zero_outputs and not config.tied_head else 0.02)
         tables = [
             nn.Embed(
                 config.vocab_size,

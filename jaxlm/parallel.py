@@ -21,7 +21,7 @@ LossFunction = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 
 
 def use_cores(batch_size: int, num_devices: int | None = None) -> None:
-    """Lets JAX see one CPU device per core, so that data parallelism uses them all: 1.2 times as fast as one device.
+    """Lets JAX see one CPU device per core, so that data parallelism uses them all.
 
     Takes the most devices that divide the batch, or `num_devices`. To be called before JAX starts, after which it can't
     be changed. A count in XLA_FLAGS is left as it is; other backends don't care.

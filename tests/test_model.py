@@ -346,6 +346,12 @@ def test_with_zero_outputs_logits_begin_at_zero_and_other_kernels_keep_the_scale
     assert found == {name: pytest.approx(value, rel=0.03) for name, value in (inputs | outputs | tables).items()}
 
 
+def test_a_model_with_a_tied_head_begins_near_the_uniform_one() -> None:
+    config = replace(SQUARE, zero_outputs=True, tied_head=True, norm="rms")
+    logits = logits_of(init(config, jax.random.key(0)), random_tokens(config), config)
+    assert 0.01 < float(np.std(logits)) < 0.5
+
+
 def test_the_same_key_gives_the_same_parameters_and_another_key_others() -> None:
     first, again, other = (init(SQUARE, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -497,6 +503,7 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
         ({"positions": "rope", "num_heads": 4}, "heads of width 3 are odd"),
         ({"window": 0}, "window is from 1 to its context of 9, not 0"),
         ({"window": 10}, "window is from 1 to its context of 9, not 10"),
+        ({"rope_base": None}, "rope_base is a positive number, not None"),
         *(({"rope_base": value}, f"rope_base is a positive number, not {value}") for value in (0.0, -1.0, *NOT_FINITE)),
         *(({"logit_cap": value}, f"logit_cap is a positive number, not {value}") for value in (0.0, -1.0, *NOT_FINITE)),
     ],

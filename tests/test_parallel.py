@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.parallel import mean_gradients, sequences_at_once
+from jaxlm.parallel import mean_gradients, one_at_a_time, sequences_at_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -214,3 +215,14 @@ def test_a_device_for_each_core(batch: str, how: str, flags: str, expected: int)
     timeout = [] if TIMEOUT in flags else [f"{TIMEOUT}=1000000"]
     # What was set is left as it is, and stands once.
     assert process.stdout.split() == [str(expected), *flags.split(), *timeout], process.stderr
+
+
+@pytest.mark.parametrize(("size", "platform", "waits"), [(2, "cpu", 1), (1, "cpu", 0), (2, "gpu", 0)])
+def test_several_devices_of_a_cpu_take_one_step_at_a_time(
+    size: int, platform: str, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    mesh = SimpleNamespace(size=size, devices=np.array([SimpleNamespace(platform=platform)] * size))
+    one_at_a_time(mesh, "results")  # type: ignore[arg-type]
+    assert waited == ["results"] * waits

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import jax
-import numpy as np
-import numpy.typing as npt
 
 import jaxlm.model
 from experiments.command_line import program
 from experiments.language_model import tokenize
+from experiments.speedrun import in_windows
 from jaxlm.attention import causal_attention
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import held_out_documents, survey_corpus, train_documents
-from jaxlm.evaluation import evaluate, token_nats
-from jaxlm.model import ModelConfig, Params, forward
+from jaxlm.evaluation import evaluate
+from jaxlm.model import ModelConfig
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import CharTokenizer
@@ -71,20 +69,6 @@ def main(config: Config) -> None:
             console.print(
                 f"{index + 1:>6,}  {windows:>24.4f}  {score.bits_per_byte:>11.4f} ± {score.standard_error:.4f}"
             )
-
-
-def in_windows(params: Params, model: ModelConfig, ids: npt.NDArray[np.int32], batch: int = 64) -> float:
-    """Nats of a text in one piece: windows of `context` tokens without overlap, the rest at their mean."""
-    score = jax.jit(partial(_nats, model=model))
-    count = (len(ids) - 1) // model.context
-    size = count * model.context
-    inputs, targets = (ids[start : start + size].reshape(count, model.context) for start in (0, 1))
-    nats = sum(float(score(params, inputs[i : i + batch], targets[i : i + batch])) for i in range(0, count, batch))
-    return nats / size * len(ids)
-
-
-def _nats(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array, model: ModelConfig) -> jax.Array:
-    return token_nats(forward(params, inputs_BT, model), targets_BT).sum()
 
 
 if __name__ == "__main__":
