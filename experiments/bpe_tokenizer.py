@@ -17,9 +17,10 @@ import numpy as np
 from experiments.command_line import program
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import held_out_documents, survey_corpus, train_documents
+from jaxlm.progress import share_progress
 from jaxlm.reports.figures import tokenizer_figure
 from jaxlm.reports.tables import rows_table, token_text
-from jaxlm.runs import check_writable, console, share_progress
+from jaxlm.runs import check_writable, console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.tokenizers.base import InputError, visible
 

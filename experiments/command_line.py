@@ -19,8 +19,8 @@ import tyro
 from rich.console import Console
 
 from jaxlm.data.cache import cache_directory
+from jaxlm.loop import RunFailed, RunInterrupted
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import RunFailed, RunInterrupted
 
 Config = TypeVar("Config")
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)

@@ -14,14 +14,16 @@ from rich.table import Table
 
 from jaxlm.data.documents import Corpus
 from jaxlm.data.shards import Survey, TokenizedCorpus, tokenize_corpus
+from jaxlm.loop import evaluate_run, train
 from jaxlm.model import ModelConfig, init
 from jaxlm.optimizers import OptimizerConfig
+from jaxlm.progress import share_progress
 from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
-from jaxlm.runs import Run, console, read_metrics, share_progress
+from jaxlm.runs import Run, console, read_metrics
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
-from jaxlm.training import TrainConfig, evaluate_run, load_trained, train
+from jaxlm.training import TrainConfig, load_trained
 
 # For runs of minutes: between two rates, 2e-3 and 4e-3, that scored alike. The seed recipe is the default.
 QUICK_OPTIMIZER = OptimizerConfig(

@@ -44,15 +44,27 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints. Waits for a save in progress."""
+        self._checkpointer.wait()
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which are to be trained again."""
+        for later in self.steps:
+            if later > step:
+                self._checkpointer.delete(later)
+
     def save(self, step: int, state: Any, record: dict[str, Any], *, bits_per_byte: float | None = None) -> None:
         """Copies the state and writes it in the background. An error of the save before is raised here."""
         self._checkpointer.wait()
         metrics = None if bits_per_byte is None else {_METRIC: bits_per_byte}
         self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=record, force=True)
 
-    def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        """The newest checkpoint: its state, laid out as `abstract_state` says, and its record."""
-        step = self.latest_step
+    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
+        """The checkpoint of a step, or the newest: its state, laid out as `abstract_state` says, and its record."""
+        step = self.latest_step if step is None else step
         state = self._checkpointer.load(step, abstract_state)
         record = self._checkpointer.metadata(step).custom_metadata
         assert isinstance(record, dict)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -32,6 +32,7 @@ class Evaluation:
       bits_per_byte: sum of nats / (ln 2 x UTF-8 bytes), over all documents.
       standard_error: of that ratio, over documents; NaN for a single one.
       documents, tokens, bytes: what was scored.
+      document_nats: the nats of each document, float64.
     """
 
     loss: float
@@ -40,6 +41,7 @@ class Evaluation:
     documents: int
     tokens: int
     bytes: int
+    document_nats: npt.NDArray[np.float64] = field(repr=False, compare=False)
 
 
 def evaluate(
@@ -74,6 +76,7 @@ def summarise(nats: npt.NDArray[np.float64], num_bytes: npt.NDArray[np.int64], n
         documents=n,
         tokens=num_tokens,
         bytes=int(num_bytes.sum()),
+        document_nats=nats,
     )
 
 

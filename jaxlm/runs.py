@@ -1,6 +1,6 @@
-"""The run directory: what identifies the run, its metrics, its samples, and the progress shown meanwhile.
+"""The run directory: what identifies the run, its metrics and its samples.
 
-    config.json  tokenizer/  metrics.jsonl  tensorboard/  samples.txt  checkpoints/  lock
+    config.json  tokenizer/  metrics.jsonl  tensorboard/  samples.txt  checkpoints/  final_nats.npy  lock
 
 Rerunning the same command continues a run; a command with another identity is refused.
 """
@@ -17,13 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
 import tensorboardX
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
 
 CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jsonl", "samples.txt", "lock"
+NATS_FILE = "final_nats.npy"  # of each held-out document, float64
 _FORMAT = 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
@@ -189,44 +191,6 @@ def environment(devices: list[str]) -> dict[str, Any]:
     }
 
 
-# ---- progress
-
-
-class _Fields(ProgressColumn):
-    """Figures of the training so far, as the loop gives them."""
-
-    def render(self, task: Any) -> str:
-        return task.fields.get("figures", "")
-
-
-def training_progress() -> Progress:
-    """A bar with step, loss, bits per byte, tokens per second and the time left. Nothing where there is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Fields(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-def share_progress(description: str, total: int) -> Progress:
-    """A bar that shows which share of `total` is done, bytes or merges; advance its only task."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    progress.add_task(description, total=total)
-    return progress
-
-
 # ---- files
 
 
@@ -238,6 +202,14 @@ def _append(path: Path, text: str) -> None:
 def _write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Writes an array as a .npy file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
     temporary.replace(path)
 
 

@@ -245,6 +245,7 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
         documents=7,
         tokens=1234,
         bytes=sum(num_bytes),
+        document_nats=nats,
     )
 
 

@@ -1,39 +1,19 @@
-"""The loop: it learns, resumes to the bit, stops when it diverges, and logs what it says."""
+"""The step: its loss, its dropout, several runs in one step, and the settings of a training."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.checkpoints import Checkpoints
-from jaxlm.data.documents import open_corpus
-from jaxlm.data.shards import TokenizedCorpus, survey_corpus, tokenize_corpus
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
-from jaxlm.runs import Run, read_config, read_metrics
-from jaxlm.tokenizers import CharTokenizer, InputError
-from jaxlm.training import (
-    RunFailed,
-    RunInterrupted,
-    TrainConfig,
-    TrainState,
-    _Signals,
-    evaluate_run,
-    init_state,
-    load_trained,
-    loss_function,
-    make_train_step,
-    run_identity,
-    train,
-)
+from jaxlm.parallel import data_mesh
+from jaxlm.tokenizers import InputError
+from jaxlm.training import TrainConfig, init_state, loss_function, make_joint_step, make_train_step
 
 TINY = ModelConfig(vocab_size=30, context=16, width=16, num_layers=1, num_heads=2, feed_forward_width=32, dropout=0.1)
 CONFIG = TrainConfig(
@@ -49,214 +29,6 @@ CONFIG = TrainConfig(
 )
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> tuple[CharTokenizer, TokenizedCorpus, str]:
-    text = "\n\n".join(f"le chat numéro {i} dort sur le toit de la maison {i % 7}" for i in range(60))
-    (tmp_path / "corpus.txt").write_text(text, encoding="utf-8")
-    corpus = open_corpus(str(tmp_path / "corpus.txt"))
-    survey = survey_corpus(corpus)
-    tokenizer = CharTokenizer.train(corpus.documents(), 30)
-    return tokenizer, tokenize_corpus(corpus, survey, tokenizer), survey.fingerprint
-
-
-def open_run(path: Path, fingerprint: str, config: TrainConfig = CONFIG) -> Run:
-    return Run(path, run_identity(fingerprint, {"kind": "char", "vocab_size": 30}, TINY, config))
-
-
-def run_training(path: Path, data: tuple[CharTokenizer, TokenizedCorpus, str], config: TrainConfig) -> TrainState:
-    tokenizer, tokens, fingerprint = data
-    run = open_run(path, fingerprint, config)
-    state = train(run, tokenizer, tokens, TINY, config)
-    evaluate_run(run, tokenizer, tokens, TINY, config, state)
-    return state
-
-
-def assert_equal_bits(left: TrainState, right: TrainState) -> None:
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def losses(path: Path) -> dict[int, str]:
-    """The training losses as they are written, by step."""
-    return {line["step"]: repr(line["train/loss"]) for line in read_metrics(path) if "train/loss" in line}
-
-
-def test_training_learns_and_logs_every_field(tmp_path: Path, data: tuple) -> None:
-    state = run_training(tmp_path / "run", data, replace(CONFIG, steps=150))
-    lines = read_metrics(tmp_path / "run")
-    train_lines = [line for line in lines if "train/loss" in line]
-    assert int(state.step) == 150
-    assert [line["step"] for line in train_lines] == list(range(1, 151))
-    assert abs(train_lines[0]["train/loss"] - math.log(30)) < 0.2
-    assert train_lines[-1]["train/loss"] < 0.6 * train_lines[0]["train/loss"]
-    assert train_lines[9]["tokens"] == 10 * 4 * 16
-    bytes_per_token = data[1].train.bytes_per_token
-    assert train_lines[9]["bytes"] == round(10 * 4 * 16 * bytes_per_token)
-    for name in ("seconds", "tokens_per_second", "learning_rate", "grad_norm"):
-        assert train_lines[9][name] > 0
-    assert train_lines[1]["learning_rate"] == pytest.approx(0.01)
-    evaluations = [line for line in lines if "eval/loss" in line]
-    assert [line["step"] for line in evaluations] == list(range(10, 151, 10))
-    assert evaluations[-1]["eval/bits_per_byte"] < evaluations[0]["eval/bits_per_byte"]
-    assert lines[-1]["final/documents"] == data[1].held_out.num_documents
-    assert lines[-1]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    samples = (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
-    assert samples.count("--- step ") == 8
-    assert "--- step 20\nle " in samples
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
-
-
-def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path: Path, data: tuple) -> None:
-    straight = run_training(tmp_path / "straight", data, CONFIG)
-
-    class Stop(Exception):
-        pass
-
-    # A fault at step 13, after the checkpoint of step 10: the three steps between are trained a second time.
-    tokenizer, tokens, fingerprint = data
-    run = open_run(tmp_path / "resumed", fingerprint)
-    log = run.log
-
-    def fail_at_13(step: int, **values: float) -> None:
-        if step == 13:
-            raise Stop
-        log(step, **values)
-
-    run.log = fail_at_13  # type: ignore[method-assign]
-    with pytest.raises(Stop):
-        train(run, tokenizer, tokens, TINY, CONFIG)
-    first = losses(tmp_path / "resumed")
-    resumed = run_training(tmp_path / "resumed", data, CONFIG)
-
-    assert_equal_bits(straight, resumed)
-    assert max(first) == 12
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
-    assert first.items() <= losses(tmp_path / "straight").items()
-    for name in ("samples.txt",):
-        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert read_metrics(tmp_path / "resumed")[-1]["seconds"] > 0
-
-
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, data: tuple) -> None:
-    first = run_training(tmp_path / "run", data, CONFIG)
-    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
-    again = run_training(tmp_path / "run", data, CONFIG)
-    assert_equal_bits(first, again)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
-    assert "final/loss" in json.loads(metrics.splitlines()[-1])
-
-
-def test_a_constant_schedule_can_be_prolonged_and_a_cosine_cannot(tmp_path: Path, data: tuple) -> None:
-    constant = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=0.01))
-    run_training(tmp_path / "run", data, replace(constant, steps=10))
-    prolonged = run_training(tmp_path / "run", data, constant)
-    assert_equal_bits(prolonged, run_training(tmp_path / "straight", data, constant))
-    with pytest.raises(InputError, match="20 steps already, and 10 were asked for"):
-        run_training(tmp_path / "run", data, replace(constant, steps=10))
-    run_training(tmp_path / "cosine", data, CONFIG)
-    with pytest.raises(InputError, match="schedule_steps"):
-        open_run(tmp_path / "cosine", data[2], replace(CONFIG, steps=40))
-
-
-def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path, data: tuple) -> None:
-    good = replace(CONFIG, steps=5, optimizer=OptimizerConfig(learning_rate=0.01))
-    run_training(tmp_path / "run", data, good)
-    tokenizer, tokens, fingerprint = data
-    bad = replace(good, steps=40)
-    run = open_run(tmp_path / "run", fingerprint, bad)
-    # Parameters that are finite still, and overflow in the next step.
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    state, record = checkpoints.restore(init_state(TINY, bad))
-    broken = replace(state, params=jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(3e38), state.params))
-    checkpoints.save(6, replace(broken, step=broken.step + 1), {**record, "step": 6})
-    checkpoints.close()
-    with pytest.raises(RunFailed, match=r"diverged at step 7 .* the checkpoint of step 6 is kept"):
-        train(run, tokenizer, tokens, TINY, bad)
-    kept = Checkpoints(tmp_path / "run" / "checkpoints")
-    assert kept.latest_step == 6
-    kept.close()
-
-
-def test_a_signal_saves_and_stops(tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, tokens, fingerprint = data
-    run = open_run(tmp_path / "run", fingerprint)
-    log = run.log
-
-    def interrupt_at_7(step: int, **values: float) -> None:
-        log(step, **values)
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    run.log = interrupt_at_7  # type: ignore[method-assign]
-    with pytest.raises(RunInterrupted, match="after step"):
-        train(run, tokenizer, tokens, TINY, CONFIG)
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoints.latest_step is not None
-    assert 8 <= checkpoints.latest_step <= 9
-    checkpoints.close()
-    assert max(losses(tmp_path / "run")) == checkpoints.latest_step
-
-
-def test_a_signal_in_the_last_step_is_not_forgotten(
-    tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer, tokens, fingerprint = data
-    run = open_run(tmp_path / "run", fingerprint)
-    log_sample = run.log_sample
-
-    def interrupt(step: int, text: str) -> None:
-        log_sample(step, text)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(run, "log_sample", interrupt)
-    with pytest.raises(RunInterrupted, match="after step 20"):
-        train(run, tokenizer, tokens, TINY, CONFIG)
-    straight = run_training(tmp_path / "straight", data, CONFIG)
-    assert_equal_bits(run_training(tmp_path / "run", data, CONFIG), straight)
-
-
-def test_two_processes_do_not_train_one_run(tmp_path: Path, data: tuple) -> None:
-    tokenizer, tokens, fingerprint = data
-    first = open_run(tmp_path / "run", fingerprint)
-    first.start(tokenizer, {})
-    with pytest.raises(InputError, match=f"Another process .process {os.getpid()} on "):
-        train(open_run(tmp_path / "run", fingerprint), tokenizer, tokens, TINY, CONFIG)
-    first.close()
-    run_training(tmp_path / "run", data, CONFIG)
-
-
-def test_reading_a_run_leaves_a_save_in_progress_alone(tmp_path: Path, data: tuple) -> None:
-    run_training(tmp_path / "run", data, CONFIG)
-    unfinished = tmp_path / "run" / "checkpoints" / "25.orbax-checkpoint-tmp"
-    unfinished.mkdir()
-    load_trained(tmp_path / "run")
-    assert unfinished.exists()
-
-
-def test_the_best_evaluation_is_kept(tmp_path: Path, data: tuple) -> None:
-    # The rate is so high in the end that an evaluation before the last stays the best.
-    config = replace(
-        CONFIG, steps=60, eval_every=6, checkpoint_every=50, keep_checkpoints=1,
-        optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=50),
-    )  # fmt: skip
-    run_training(tmp_path / "run", data, config)
-    scores = {
-        line["step"]: line["eval/bits_per_byte"] for line in read_metrics(tmp_path / "run") if "eval/loss" in line
-    }
-    best = min(scores, key=lambda step: scores[step])
-    assert best < 60
-    kept = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()}
-    assert kept == {best, 60}
-
-
-def test_a_second_signal_stops_at_once() -> None:
-    with _Signals() as signals:
-        signals._note(2, None)
-        assert signals.received
-        with pytest.raises(KeyboardInterrupt):
-            signals._note(2, None)
-
-
 def test_loss_is_the_mean_over_targets_end_of_text_included() -> None:
     params = init_state(TINY, CONFIG).params
     batch = jax.numpy.asarray(np.random.default_rng(0).integers(0, 30, (3, 9)), jax.numpy.int32)
@@ -268,7 +40,7 @@ def test_loss_is_the_mean_over_targets_end_of_text_included() -> None:
     assert float(loss_function(TINY, params, batch, None)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed(data: tuple) -> None:
+def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed() -> None:
     config = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=1e-12))
     step = jax.jit(make_train_step(TINY, config))
     batch = jax.numpy.zeros((4, 17), jax.numpy.int32)
@@ -282,23 +54,6 @@ def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed(data: tuple
     assert float(other(state, batch)[1]["train/loss"]) != float(first["train/loss"])
 
 
-def test_load_trained_gives_back_the_model_of_the_run(tmp_path: Path, data: tuple) -> None:
-    state = run_training(tmp_path / "run", data, CONFIG)
-    tokenizer, model, params = load_trained(tmp_path / "run")
-    assert tokenizer.hash == data[0].hash
-    assert model == TINY
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def test_load_trained_without_a_checkpoint_says_so(tmp_path: Path, data: tuple) -> None:
-    with pytest.raises(InputError, match="There is no run"):
-        load_trained(tmp_path / "nothing")
-    open_run(tmp_path / "run", data[2]).start(data[0], {})
-    with pytest.raises(InputError, match="no checkpoint yet"):
-        load_trained(tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("batch_size", 0), ("log_every", 0), ("eval_documents", 0), ("checkpoint_every", 0), ("seed", -1)],
@@ -308,7 +63,7 @@ def test_settings_out_of_range_are_refused(field: str, value: int) -> None:
         TrainConfig(**{field: value})
 
 
-def test_the_identity_ignores_what_may_change(data: tuple) -> None:
+def test_the_identity_ignores_what_may_change() -> None:
     free = replace(
         CONFIG, log_every=7, eval_every=3, eval_documents=5, sample_every=9, checkpoint_every=2, keep_checkpoints=9
     )
@@ -317,8 +72,37 @@ def test_the_identity_ignores_what_may_change(data: tuple) -> None:
         assert replace(CONFIG, **change).identity() != CONFIG.identity()
 
 
-def test_config_records_the_environment_and_the_tokenizer(tmp_path: Path, data: tuple) -> None:
-    open_run(tmp_path / "run", data[2]).start(data[0], {"devices": ["test"]})
-    config = read_config(tmp_path / "run")
-    assert config["environment"] == {"devices": ["test"]}
-    assert config["tokenizer_hash"] == data[0].hash
+@pytest.mark.parametrize("optimizer", [CONFIG.optimizer, replace(CONFIG.optimizer, name="muon")])
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_step_of_several_runs_is_the_step_of_each(optimizer: OptimizerConfig, vectorize: bool) -> None:
+    configs = [
+        replace(
+            CONFIG,
+            seed=seed,
+            optimizer=replace(
+                optimizer, learning_rate=factor * 0.01, muon_learning_rate=factor * optimizer.muon_learning_rate
+            ),
+        )
+        for seed, factor in ((0, 1.0), (3, 0.5), (7, 2.0))
+    ]
+    states = [init_state(TINY, config) for config in configs]
+    batches = jnp.asarray(np.random.default_rng(0).integers(0, 30, (3, 4, 17)), jnp.int32)
+    step = jax.jit(make_joint_step(TINY, configs, data_mesh(3), vectorize=vectorize))
+    together, metrics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), {}
+    for _ in range(3):
+        together, metrics = step(together, batches)
+    for index, (config, state) in enumerate(zip(configs, states, strict=True)):
+        alone = jax.jit(make_train_step(TINY, config))
+        values: dict[str, jax.Array] = {}
+        for _ in range(3):
+            state, values = alone(state, batches[index])
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b[index]), rtol=1e-3, atol=1e-5)
+        for name, value in values.items():
+            np.testing.assert_allclose(value, metrics[name][index], rtol=1e-4)
+
+
+def test_runs_that_differ_in_more_than_seed_and_rate_are_no_joint_step() -> None:
+    for other in (replace(CONFIG, batch_size=8), replace(CONFIG, optimizer=replace(CONFIG.optimizer, beta1=0.5))):
+        with pytest.raises(ValueError, match="differ in seed"):
+            make_joint_step(TINY, [CONFIG, other], data_mesh(2))

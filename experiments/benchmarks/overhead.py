@@ -21,11 +21,12 @@ from experiments.language_model import tokenize
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus, train_documents
+from jaxlm.loop import train
 from jaxlm.model import ModelConfig
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import Run, console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
-from jaxlm.training import TrainConfig, init_state, make_train_step, run_identity, train
+from jaxlm.training import TrainConfig, init_state, make_train_step, run_identity
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 
 from experiments import bpe_lm, bpe_tokenizer, char_lm, compare_tokenizers
 from experiments.command_line import parse, program
+from jaxlm.loop import RunFailed, RunInterrupted
 from jaxlm.tokenizers import InputError
-from jaxlm.training import RunFailed, RunInterrupted
 
 MODULES = {
     "char_lm": char_lm,

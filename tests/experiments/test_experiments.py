@@ -37,7 +37,7 @@ def test_char_lm_trains_shows_and_samples(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert set(os.listdir(tmp_path / "run")) == {
         "config.json", "tokenizer", "metrics.jsonl", "tensorboard", "samples.txt", "checkpoints", "lock",
-        "learning_curve.png",
+        "learning_curve.png", "final_nats.npy",
     }  # fmt: skip
 
     outputs = []

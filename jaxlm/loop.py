@@ -1,0 +1,399 @@
+"""The loop around the training step: metrics, evaluations, samples, checkpoints, and what a signal does.
+
+A single run has all devices for itself. Runs that differ in their seed or learning rate alone can be trained together,
+as one program over a stack of states, and each still leaves a run directory of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import FrameType
+from typing import Any, NoReturn, Self
+
+import grain
+import jax
+import numpy as np
+
+from jaxlm.attention import check_implementation, default_implementation
+from jaxlm.checkpoints import Checkpoints, abstract
+from jaxlm.data.batches import make_batches
+from jaxlm.data.shards import TokenizedCorpus
+from jaxlm.evaluation import Evaluation, evaluate
+from jaxlm.model import ModelConfig, Params, count_parameters, flops_per_token
+from jaxlm.parallel import batch_sharding, check_compute_type, data_mesh, one_at_a_time, peak_flops, replicated
+from jaxlm.progress import Figures, Reporter, TerminalReporter
+from jaxlm.runs import NATS_FILE, Run, console, environment, read_metrics, save_array
+from jaxlm.sampling import sample_text
+from jaxlm.tokenizers.base import InputError, Tokenizer
+from jaxlm.training import Metrics, TrainConfig, TrainState, init_state, make_joint_step, make_train_step, random_key
+
+
+class RunFailed(RuntimeError):
+    """The run can't go on. The message is one sentence: what happened, and what is left."""
+
+
+class RunInterrupted(Exception):
+    """A signal stopped the run after it was saved."""
+
+
+def train(run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelConfig, config: TrainConfig) -> TrainState:
+    """Trains one run to `config.steps`, from its newest checkpoint if it has one, and returns the last state.
+
+    Nothing is written before all that can be wrong with the input has been checked. Metrics are fetched one step late,
+    so that the device has its next step before the host looks at the last one.
+
+    Raises:
+      InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run,
+        a run that has more steps already, or another process that trains it.
+      RunFailed: the loss, the gradients, the weights or the held-out loss are no longer finite.
+      RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
+    """
+    (state,) = train_together([run], tokenizer, data, model, [config], TerminalReporter())
+    if isinstance(state, RunFailed):
+        raise state
+    return state
+
+
+def train_together(
+    runs: Sequence[Run],
+    tokenizer: Tokenizer,
+    data: TokenizedCorpus,
+    model: ModelConfig,
+    configs: Sequence[TrainConfig],
+    reporter: Reporter,
+) -> list[TrainState | RunFailed]:
+    """Trains runs that differ in seed or learning rate alone, as one program; for the rest see `train`.
+
+    Each run has batches, dropout, metrics and checkpoints of its own, and ends as it would have alone but for rounding.
+    The runs are divided among the devices, which have to divide their number; the seconds of training are divided among
+    them too. A run that diverges leaves its RunFailed in its place, and the others go on.
+    """
+    config, count = configs[0], len(runs)
+    mesh = data_mesh(config.batch_size if count == 1 else count)
+    check_compute_type(config.compute_type)
+    check_implementation(config.attention, config.compute_type, model.dropout)
+    everywhere, divided = replicated(mesh), batch_sharding(mesh)
+    streams = [
+        make_batches(data.train, context=model.context, batch_size=config.batch_size, seed=config.seed)
+        for config in configs
+    ]
+    step = make_train_step(model, config, mesh) if count == 1 else make_joint_step(model, configs, mesh)
+    loops: list[_Loop] = []
+    try:
+        for run in runs:
+            run.start(tokenizer, environment([str(device) for device in jax.devices()]))
+        clock = _Clock()
+        loops = [
+            _Loop(run, tokenizer, data, model, each, clock, (index, count), reporter)
+            for index, (run, each) in enumerate(zip(runs, configs, strict=True))
+        ]
+        first = _common_step([loop.checkpoints for loop in loops])
+        if first > config.steps:
+            raise InputError(
+                f"{runs[0].path} has {first} steps already, and {config.steps} were asked for; ask for no fewer, or "
+                "choose another --workdir."
+            )
+        states = [loop.resume(first, everywhere) for loop in loops]
+        if first == config.steps:
+            return list(states)
+
+        def batches(start: int, stop: int) -> Iterator[jax.Array]:
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+            rows = zip(*(stream[start:stop].to_iter_dataset(options) for stream in streams), strict=True)
+            return (jax.device_put(_stacked(row), divided) for row in rows)
+
+        state = jax.device_put(_stacked(states), divided if count > 1 else everywhere)
+        del states
+        compiled = jax.jit(step, donate_argnums=0).lower(state, next(batches(first, first + 1))).compile()
+        facts = _Facts(model, config)
+        for loop in loops:
+            loop.begin(facts.utilization)
+        reporter.begin(first, config.steps, facts.lines)
+        clock.start()
+        with _Signals() as signals:
+            for batch in batches(first, config.steps):
+                state, metrics = compiled(state, batch)
+                one_at_a_time(mesh, metrics)
+                stop = signals.received
+                for index, loop in enumerate(loops):
+                    loop.after_step(partial(_part, state, index, count, everywhere), metrics, stop=stop)
+                if stop:
+                    break
+            # The last step is saved however it came to be the last.
+            if signals.received:
+                raise RunInterrupted(f"Interrupted after step {loops[0].step}, which is saved.")
+        return [loop.failure or _part(state, index, count, everywhere) for index, loop in enumerate(loops)]
+    finally:
+        reporter.end()
+        for loop in loops:
+            loop.checkpoints.close()
+        for run in runs:
+            run.close()
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    """A single pytree as it is; several along a new first axis."""
+    return rows[0] if len(rows) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def _part(joint: Any, index: int, count: int, sharding: jax.sharding.Sharding) -> Any:
+    """One run's state of a stack of `count`, laid out as `sharding` says."""
+    return joint if count == 1 else jax.device_put(jax.tree.map(lambda leaf: leaf[index], joint), sharding)
+
+
+def _common_step(checkpoints: Sequence[Checkpoints]) -> int:
+    """The newest step that all have; 0 if there is none. A kill can come between the saves of two runs."""
+    return max(set.intersection(*(set(each.steps) for each in checkpoints)), default=0)
+
+
+class _Facts:
+    """What the runs of a program have in common: on what they run, and what a token costs."""
+
+    def __init__(self, model: ModelConfig, config: TrainConfig) -> None:
+        flops, peak = flops_per_token(jax.eval_shape(partial(init_state, model, config)).params, model), peak_flops()
+        attention = config.attention or default_implementation(config.compute_type, model.dropout)
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        self.utilization = math.nan if peak is None else flops / peak[0]  # times tokens per second makes MFU
+        self.lines = [f"attention: {attention}; {config.compute_type} on {devices}"]
+        if peak is not None:
+            self.lines.insert(0, f"{flops / 1e6:,.1f} MFLOP a token; peak {peak[0] / 1e9:,.0f} GFLOP/s ({peak[1]})")
+
+
+class _Loop:
+    """What happens to one run between steps: metrics, evaluation, samples, checkpoints; the clock leaves out two."""
+
+    def __init__(
+        self,
+        run: Run,
+        tokenizer: Tokenizer,
+        data: TokenizedCorpus,
+        model: ModelConfig,
+        config: TrainConfig,
+        clock: _Clock,
+        place: tuple[int, int],
+        reporter: Reporter,
+    ) -> None:
+        self.run, self.tokenizer, self.data, self.model, self.config = run, tokenizer, data, model, config
+        self.checkpoints = Checkpoints(run.path / "checkpoints", keep=config.keep_checkpoints)
+        self.clock, self.reporter = clock, reporter
+        self.index, self.count = place
+        self.tokens_per_step = config.batch_size * model.context
+        self.step = 0
+        self.seconds_before = 0.0
+        self.pending: tuple[int, Metrics] | None = None
+        self.held_out: float | None = None
+        self.best = math.inf
+        self.tokens_per_second = math.nan
+        self.failure: RunFailed | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + self.clock.seconds / self.count
+
+    def resume(self, step: int, sharding: jax.sharding.Sharding) -> TrainState:
+        """The state after `step` steps, and the logs as they were then."""
+        if not step:
+            self.run.rewind({}, 0)
+            return jax.device_put(init_state(self.model, self.config), sharding)
+        shapes = jax.eval_shape(partial(init_state, self.model, self.config))
+        state, record = self.checkpoints.restore(abstract(shapes, sharding), step)
+        if is_finished(self.run, self.config):
+            return state
+        self.step = step
+        self.seconds_before = record["seconds"]
+        self.best = record["best"] or math.inf
+        self.checkpoints.forget_after(step)
+        self.run.rewind(record["log_sizes"], step)
+        console.print(f"Continuing {self.run.path} after step {step:,}.", markup=False)
+        return state
+
+    def begin(self, utilization: float) -> None:
+        self.utilization = utilization
+        self.last_log = (self.step, self.seconds)
+
+    def after_step(self, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
+        """Reports the step before this one, and on the steps where something is due, this one too."""
+        if self.failure is not None:
+            return
+        try:
+            self._after_step(get_state, metrics, stop=stop)
+        except RunFailed as failure:
+            if self.count == 1:
+                raise
+            self.failure = failure
+
+    def _after_step(self, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
+        config = self.config
+        self.step += 1
+        self._report()
+        self.pending = (self.step, metrics)
+        last = self.step == config.steps
+        evaluation_due = self.step % config.eval_every == 0 or last
+        sample_due = self.step % config.sample_every == 0 or last
+        checkpoint_due = self.step % config.checkpoint_every == 0 or last or stop
+        if not (evaluation_due or sample_due or checkpoint_due):
+            return
+        self._report()
+        state = get_state()
+        with self.clock.paused():
+            evaluation = self._evaluate(state.params) if evaluation_due else None
+            if sample_due:
+                self._sample(state.params)
+        best = evaluation is not None and evaluation.bits_per_byte < self.best
+        if evaluation is not None and best:
+            self.best = evaluation.bits_per_byte
+        if checkpoint_due or best:
+            record = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "best": self.best if math.isfinite(self.best) else None,
+                "log_sizes": self.run.log_sizes(),
+            }
+            self.checkpoints.save(
+                self.step, state, record, bits_per_byte=None if evaluation is None else evaluation.bits_per_byte
+            )
+
+    def _report(self) -> None:
+        """Fetches the metrics of the last reported step, checks them, and writes them if their step is to be logged."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        values = {name: np.asarray(value).reshape(-1)[self.index].item() for name, value in metrics.items()}
+        if not all(math.isfinite(values[name]) for name in ("train/loss", "grad_norm", "weight_norm")):
+            self._fail(step, f"loss {values['train/loss']}, gradient norm {values['grad_norm']}")
+        loss = values["train/loss"]
+        bits_per_byte = loss / math.log(2) / self.data.train.bytes_per_token
+        self.reporter.progress(self.index, Figures(step, loss, bits_per_byte, self.held_out, self.tokens_per_second))
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            steps, seconds = step - self.last_log[0], self.seconds - self.last_log[1]
+            self.tokens_per_second = steps * self.tokens_per_step / seconds
+            self.last_log = (step, self.seconds)
+            speed = {"tokens_per_second": self.tokens_per_second, "mfu": self.tokens_per_second * self.utilization}
+            self._log(step, **values, **speed)
+
+    def _fail(self, step: int, figures: str) -> NoReturn:
+        saved = self.checkpoints.latest_step
+        raise RunFailed(
+            f"The run diverged at step {step} ({figures}); "
+            + (f"the checkpoint of step {saved} is kept; " if saved else "no checkpoint had been saved; ")
+            + "start again in another --workdir with a lower learning rate, or with --clip-norm 1."
+        )
+
+    def _log(self, step: int, **values: float) -> None:
+        tokens = step * self.tokens_per_step
+        num_bytes = round(tokens * self.data.train.bytes_per_token)
+        self.run.log(step, tokens=tokens, bytes=num_bytes, seconds=round(self.seconds, 3), **values)
+
+    def _evaluate(self, params: Params) -> Evaluation:
+        end_of_text_id = self.tokenizer.end_of_text_id
+        assert end_of_text_id is not None
+        evaluation = evaluate(
+            params, self.model, self.data.held_out, end_of_text_id, num_documents=self.config.eval_documents
+        )
+        if not math.isfinite(evaluation.bits_per_byte):
+            self._fail(self.step, f"held-out loss {evaluation.loss}")
+        self.held_out = evaluation.bits_per_byte
+        self._log(
+            self.step,
+            **{
+                "eval/loss": evaluation.loss,
+                "eval/bits_per_byte": evaluation.bits_per_byte,
+                "eval/bits_per_byte_se": evaluation.standard_error,
+            },
+        )
+        self.reporter.evaluated(self.index, self.step, self.seconds, evaluation)
+        return evaluation
+
+    def _sample(self, params: Params) -> None:
+        key = jax.random.fold_in(random_key(self.config.seed, "samples"), self.step)
+        prompt = self.config.sample_prompt
+        text = prompt + "".join(sample_text(params, self.model, self.tokenizer, prompt, key=key, num_tokens=200))
+        self.run.log_sample(self.step, text)
+        self.reporter.sampled(self.index, self.step, text)
+
+
+class _Clock:
+    """Seconds since `start`, with pauses."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._before, self._started = self.seconds, None
+        yield
+        self.start()
+
+
+class _Signals:
+    """SIGINT and SIGTERM are noted, for the loop to stop after its step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> Self:
+        # Only the main thread may set handlers; elsewhere signals keep their meaning.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+# ---- the end of a run
+
+
+def is_finished(run: Run, config: TrainConfig) -> bool:
+    """Whether the last thing in the metrics is the final evaluation after `config.steps`."""
+    last = read_metrics(run.path)[-1:]
+    return bool(last) and last[0]["step"] == config.steps and "final/loss" in last[0]
+
+
+def evaluate_run(
+    run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelConfig, config: TrainConfig, state: TrainState
+) -> None:
+    """Scores all held-out documents and appends the figures to the metrics, as `final/...`, unless they are there.
+
+    The nats of each document are kept beside them, for runs to be compared document by document.
+    """
+    if is_finished(run, config):
+        return
+    assert tokenizer.end_of_text_id is not None
+    evaluation = evaluate(state.params, model, data.held_out, tokenizer.end_of_text_id)
+    save_array(run.path / NATS_FILE, evaluation.document_nats)
+    tokens = config.steps * config.batch_size * model.context
+    values = {
+        "tokens": tokens,
+        "bytes": round(tokens * data.train.bytes_per_token),
+        "seconds": read_metrics(run.path)[-1]["seconds"],
+        "parameters": count_parameters(state.params),
+        "vocab_size": tokenizer.vocab_size,
+        "final/loss": evaluation.loss,
+        "final/bits_per_byte": evaluation.bits_per_byte,
+        "final/bits_per_byte_se": evaluation.standard_error,
+        "final/documents": evaluation.documents,
+        "final/bytes_per_token": evaluation.bytes / evaluation.tokens,
+    }
+    run.log(config.steps, **values)
