@@ -33,7 +33,7 @@ from experiments.command_line import program
 from experiments.language_model import MODERN_BPE_MODEL, MODERN_MODEL, MODERN_OPTIMIZER, tokenize
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
-from jaxlm.data.shards import TokenizedCorpus, TokenStream, survey_corpus, train_documents
+from jaxlm.data.shards import TokenStream, survey_corpus, train_documents
 from jaxlm.evaluation import evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, forward
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
@@ -99,7 +99,8 @@ def main(config: Config) -> None:
     make = CharTokenizer.train if config.tokenizer == "char" else BPETokenizer.train
     tokenizer = make(train_documents(corpus, survey), config.model.vocab_size)
     data = tokenize(corpus, survey, tokenizer)
-    train, scored = split(data) if config.validation else (data.train, data.held_out)
+    data = data.for_validation() if config.validation else data
+    train, scored = data.train, data.held_out
     assert tokenizer.end_of_text_id is not None
     table = Table(title=f"{config.preset}, {tokenizer.kind}" + (", validation" if config.validation else ""))
     for column in ("seed", "bits per byte", "each alone", "tokens", "bytes", "seconds", "compilation", "parameters"):
@@ -169,22 +170,6 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
         jax.block_until_ready(state)
         seconds += time.perf_counter() - started
     return state.params, seconds, compilation, training.steps * batch_tokens
-
-
-def split(data: TokenizedCorpus) -> tuple[TokenStream, TokenStream]:
-    """The first 95 % of the training documents, and the others."""
-    stream = data.train
-    count = stream.num_documents * 95 // 100
-    middle = int(stream.ends[count - 1])
-    parts = []
-    for start, documents in ((0, slice(count)), (middle, slice(count, None))):
-        ends = stream.ends[documents]
-        parts.append(
-            TokenStream(
-                (stream.slice(start, int(ends[-1])).astype(np.uint32),), ends - start, stream.document_bytes[documents]
-            )
-        )
-    return parts[0], parts[1]
 
 
 def in_windows(params: Params, model: ModelConfig, ids: npt.NDArray[np.int32], batch: int = 64) -> float:

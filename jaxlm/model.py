@@ -117,6 +117,11 @@ def count_parameters(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def embedding_parameters(params: Params) -> int:
+    """Those that grow with the vocabulary: in embeddings of tokens and in the head, its bias included."""
+    return sum(count_parameters(part) for name, part in params.items() if name.startswith(("embedding", "head")))
+
+
 def flops_per_token(params: Params, config: ModelConfig) -> int:
     """Floating-point operations of a training step per token: 6 for each number of a matrix, and causal attention.
 

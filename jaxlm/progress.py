@@ -1,13 +1,19 @@
-"""What is shown while something runs: bars, and the lines of a training."""
+"""What is shown while something runs: bars, the lines of a training, and a live table of several."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+from rich import box
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from jaxlm.evaluation import Evaluation
 from jaxlm.runs import console
@@ -120,3 +126,86 @@ class TerminalReporter(Reporter):
     def end(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+class LiveTable:
+    """A live line for each of several things that train one after the other: how far, how good, how fast, how long yet.
+
+    Where there is no terminal, a line of text for each stage.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._rows = {name: _Row() for name in names}
+        self._live = Live(self._table(), console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def stage(self, name: str, stage: str, *, bits_per_byte: float | None = None) -> None:
+        """What a line does now, or how it ended."""
+        row = self._rows[name]
+        row.stage, row.bits_per_byte, row.seconds_left = stage, bits_per_byte or row.bits_per_byte, None
+        if console.is_terminal:
+            self._live.update(self._table())
+        else:
+            text = f"{name}: {stage}"
+            console.print(text if bits_per_byte is None else f"{text}, {bits_per_byte:.4f} bits per byte", markup=False)
+
+    def reporter(self, name: str) -> Reporter:
+        """What keeps a line up to date while its runs train."""
+        return _RowReporter(self, self._rows[name])
+
+    def refresh(self) -> None:
+        if console.is_terminal:
+            self._live.update(self._table())
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("arm")
+        table.add_column("")
+        table.add_column("progress")
+        for name in ("bits per byte", "tokens/s", "time left"):
+            table.add_column(name, justify="right")
+        for name, row in self._rows.items():
+            table.add_row(
+                Text(name),
+                row.stage,
+                ProgressBar(total=row.steps, completed=row.step, width=24) if row.steps else "",
+                "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
+                "" if math.isnan(row.tokens_per_second) else f"{row.tokens_per_second:,.0f}",
+                "" if row.seconds_left is None else f"{row.seconds_left // 60:.0f}:{row.seconds_left % 60:02.0f}",
+            )
+        return table
+
+
+@dataclass
+class _Row:
+    stage: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    bits_per_byte: float | None = None  # held out, else of the training text
+    tokens_per_second: float = math.nan
+    seconds_left: float | None = None
+
+
+class _RowReporter(Reporter):
+    def __init__(self, table: LiveTable, row: _Row) -> None:
+        self._table, self._row = table, row
+
+    def begin(self, step: int, steps: int, facts: Sequence[str]) -> None:
+        self._row.step, self._row.steps = step, steps
+        self._first, self._started = step, time.monotonic()
+        self._table.refresh()
+
+    def progress(self, run: int, figures: Figures) -> None:
+        row = self._row
+        row.step, row.tokens_per_second = figures.step, figures.tokens_per_second
+        row.bits_per_byte = figures.bits_per_byte if figures.held_out is None else figures.held_out
+        done = figures.step - self._first
+        row.seconds_left = (time.monotonic() - self._started) / done * (row.steps - figures.step)
+        self._table.refresh()

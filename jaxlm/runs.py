@@ -81,7 +81,7 @@ class Run:
             tokenizer.save(self.path / "tokenizer")
             config["tokenizer_hash"] = tokenizer.hash
             self._take_lock()
-            _write_json(self.path / CONFIG_FILE, config)
+            write_json(self.path / CONFIG_FILE, config)
             self.exists = True
             return
         self._take_lock()
@@ -199,10 +199,19 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises InputError for a damaged file."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise InputError(f"{path} is damaged; restore it, or choose another --workdir.") from None
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:

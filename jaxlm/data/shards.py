@@ -104,11 +104,13 @@ class TokenStream:
       shards: 1-D arrays of one integer type; all but the last have `SHARD_TOKENS` entries.
       ends: int64, for each document the position after its end-of-text.
       document_bytes: int64, the UTF-8 bytes of each document.
+      first: the token of the shards that the stream begins with.
     """
 
     shards: tuple[npt.NDArray[np.unsignedinteger], ...]
     ends: npt.NDArray[np.int64]
     document_bytes: npt.NDArray[np.int64]
+    first: int = 0
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -125,6 +127,7 @@ class TokenStream:
     def slice(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Tokens `start` to `stop` as int32, of shape (stop - start,)."""
         size = len(self.shards[0])
+        start, stop = start + self.first, stop + self.first
         parts = [
             self.shards[shard][max(0, start - shard * size) : stop - shard * size]
             for shard in range(start // size, (stop - 1) // size + 1)
@@ -135,6 +138,12 @@ class TokenStream:
         """The tokens of one document, without its end-of-text."""
         return self.slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]) - 1)
 
+    def documents(self, start: int, stop: int) -> TokenStream:
+        """Documents `start` to `stop`, at least one, as a stream of their own over the same shards."""
+        begin = int(self.ends[start - 1]) if start else 0
+        ends = self.ends[start:stop] - begin
+        return TokenStream(self.shards, ends, self.document_bytes[start:stop], self.first + begin)
+
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
@@ -143,6 +152,18 @@ class TokenizedCorpus:
     train: TokenStream
     held_out: TokenStream
     manifest: dict[str, Any]
+
+    def for_validation(self) -> TokenizedCorpus:
+        """The training documents alone, of which the last 5 %, one at least, take the place of the held-out ones.
+
+        Raises:
+          InputError: a single training document.
+        """
+        count = self.train.num_documents
+        if count < 2:
+            raise InputError("A part of the training documents is kept out to choose settings, and there is only one.")
+        kept = max(1, count * 95 // 100)
+        return TokenizedCorpus(self.train.documents(0, kept), self.train.documents(kept, count), self.manifest)
 
 
 def tokenize_corpus(
@@ -211,12 +232,15 @@ def _write_shards(
         ):
             writer = _ShardWriter(temporary, split, token_type(tokenizer.vocab_size))
             for text, ids in documents:
-                if split == "held_out" and tokenizer.decode(ids) != text:
+                data = text.encode()
+                # An honest count of bytes and a text that comes back: else bits per byte would be those of other text.
+                if split == "held_out" and (
+                    tokenizer.decode(ids) != text or int(tokenizer.byte_lengths(ids).sum()) != len(data)
+                ):
                     raise InputError(
                         f"The {tokenizer.kind} tokenizer isn't lossless: held-out document {len(writer.ends)} comes "
-                        "back changed, so bits per byte can't be compared; use one that keeps all text."
+                        "back changed or miscounted, so bits per byte can't be compared; use one that keeps all text."
                     )
-                data = text.encode()
                 digest.update(_framed(data))
                 writer.add(np.append(ids, end_of_text), len(data))
                 if on_document is not None:

@@ -43,28 +43,32 @@ def token_text(tokens: Iterable[bytes], *, colour: bool = True) -> Text:
     return text
 
 
-def comparison_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row an arm, from the last line of its metrics."""
-    num_bytes = max(arm["bytes"] for arm in arms.values())
-    table = Table(
-        title=f"the same text, the same number of source bytes: {num_bytes / 1e6:.1f} MB", box=box.SIMPLE_HEAD
-    )
-    table.add_column("tokenizer")
+def arms_table(results: Mapping[str, Any]) -> Table:
+    """One row an arm of a comparison's results; the best in bold, with the half width of its 95 % interval."""
+    table = Table(title=f"equal {results['budget']['unit']}", box=box.SIMPLE_HEAD)
+    table.add_column("arm")
     for name in (
-        "ids", "parameters", "bytes per\ntoken", "updates", "loss per\ntoken", "bits per byte", "tokens/s", "seconds"
+        "ids", "parameters", "bytes per\ntoken", "updates", "learning\nrate", "loss per\ntoken", "bits per byte",
+        "tokens/s", "seconds",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
-    best = min(arm["final/bits_per_byte"] for arm in arms.values())
-    for name, arm in arms.items():
-        score = f"{arm['final/bits_per_byte']:.4f} ± {deviation(arm)}"
+    done = [arm for arm in results["arms"] if arm["status"] == "done"]
+    best = min((arm["bits_per_byte"] for arm in done), default=None)
+    for arm in results["arms"]:
+        if arm["status"] != "done":
+            table.add_row(Text(arm["name"]), f"{arm['vocab_size']:,}", "failed", style="red")
+            continue
+        half = "" if arm["high"] is None else f" ± {(arm['high'] - arm['low']) / 2:.4f}"
+        score = f"{arm['bits_per_byte']:.4f}{half}"
         table.add_row(
-            name,
+            Text(arm["name"]),
             f"{arm['vocab_size']:,}",
             f"{arm['parameters']:,}",
-            f"{arm['final/bytes_per_token']:.2f}",
-            f"{arm['step']:,}",
-            f"{arm['final/loss']:.3f}",
-            f"[bold]{score}[/]" if arm["final/bits_per_byte"] == best else score,
+            f"{arm['bytes_per_token']:.2f}",
+            f"{arm['updates']:,}",
+            f"{arm['learning_rate']:.2g}",
+            f"{arm['loss']:.3f}",
+            f"[bold]{score}[/]" if arm["bits_per_byte"] == best else score,
             f"{arm['tokens'] / arm['seconds']:,.0f}",
             f"{arm['seconds']:,.0f}",
         )

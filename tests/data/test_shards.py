@@ -440,3 +440,19 @@ def test_a_cache_lost_after_the_survey_is_refused(
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="JAXLM_CACHE"):
         tokenize_corpus(corpus, survey, chars())
+
+
+def test_the_validation_part_is_the_last_documents_and_nothing_is_in_both() -> None:
+    lengths = [5 + index % 7 for index in range(40)]
+    tokens = np.random.default_rng(0).integers(11, size=sum(lengths)).astype(np.uint16)
+    whole = TokenStream((tokens[:100], tokens[100:200], tokens[200:]), np.cumsum(lengths), np.array(lengths))
+    parts = TokenizedCorpus(whole, whole, {}).for_validation()
+    train, validation = parts.train, parts.held_out
+    assert (train.num_documents, validation.num_documents) == (38, 2)
+    joined = np.concatenate([part.slice(0, len(part)) for part in (train, validation)])
+    np.testing.assert_array_equal(joined, tokens)
+    np.testing.assert_array_equal(validation.document(1), whole.document(39))
+    np.testing.assert_array_equal(validation.documents(1, 2).document(0), whole.document(39))
+    assert train.document_bytes.sum() + validation.document_bytes.sum() == whole.document_bytes.sum()
+    with pytest.raises(InputError, match="only one"):
+        TokenizedCorpus(whole.documents(0, 1), whole, {}).for_validation()

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.speedrun import PRESETS, in_windows, run, split
-from jaxlm.data.shards import TokenizedCorpus, TokenStream
+from experiments.speedrun import PRESETS, in_windows, run
+from jaxlm.data.shards import TokenStream
 from jaxlm.model import ModelConfig, count_parameters, forward, init
 from jaxlm.tokenizers.base import InputError
 
@@ -20,16 +20,6 @@ TINY = ModelConfig(vocab_size=11, context=8, width=8, num_heads=2, feed_forward_
 def stream_of(lengths: list[int]) -> TokenStream:
     tokens = np.random.default_rng(0).integers(11, size=sum(lengths)).astype(np.uint16)
     return TokenStream((tokens,), np.cumsum(lengths), np.array(lengths))
-
-
-def test_the_validation_part_is_the_last_documents_and_nothing_is_in_both() -> None:
-    whole = stream_of([5 + index % 7 for index in range(40)])
-    train, validation = split(TokenizedCorpus(whole, stream_of([3]), {}))
-    assert (train.num_documents, validation.num_documents) == (38, 2)
-    joined = np.concatenate([part.slice(0, len(part)) for part in (train, validation)])
-    np.testing.assert_array_equal(joined, whole.slice(0, len(whole)))
-    np.testing.assert_array_equal(validation.document(1), whole.document(39))
-    assert train.document_bytes.sum() + validation.document_bytes.sum() == whole.document_bytes.sum()
 
 
 def test_a_uniform_model_scores_log_v_for_each_token() -> None:

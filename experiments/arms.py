@@ -1,0 +1,272 @@
+"""The arms of the comparison: which tokenizer, which model, how many updates for the same budget.
+
+An arm is a family of tokenizers at one vocabulary size, under a model of one size. Everything about it is settled here,
+before anything is trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from experiments.language_model import tokenize
+from jaxlm.data.batches import make_batches
+from jaxlm.data.documents import Corpus
+from jaxlm.data.shards import Survey, TokenizedCorpus, train_documents
+from jaxlm.model import ModelConfig, count_parameters, embedding_parameters, flops_per_token, init
+from jaxlm.parallel import batch_sharding, data_mesh, replicated
+from jaxlm.runs import read_json, write_json
+from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import TrainConfig, init_state, make_train_step
+
+Unit = Literal["bytes", "tokens", "flops", "seconds"]
+
+FAMILIES: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
+    "bytes": lambda texts, _: BPETokenizer.train(texts, 257, split="none"),
+    "char": CharTokenizer.train,
+    "bpe": partial(BPETokenizer.train, split="gpt4"),
+    "bpe-gpt2": partial(BPETokenizer.train, split="gpt2"),
+    "bpe-none": partial(BPETokenizer.train, split="none"),
+    "sentencepiece-bpe": partial(SentencePieceTokenizer.train, model_type="bpe"),
+    "sentencepiece-unigram": partial(SentencePieceTokenizer.train, model_type="unigram"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an arm is asked to be.
+
+    Attributes:
+      name: also its directory.
+      family: a key of FAMILIES, or the directory of a tokenizer.
+      vocab_size: None for a tokenizer that is there already.
+      size: layers and width of the model.
+    """
+
+    name: str
+    family: str
+    vocab_size: int | None
+    size: tuple[int, int]
+
+
+def specs(
+    tokenizers: Iterable[str], vocab_sizes: Iterable[int], characters: int, sizes: Iterable[tuple[int, int]]
+) -> list[Spec]:
+    """Every tokenizer at every vocabulary size that it has, under every model size, in that order.
+
+    Raises:
+      InputError: a tokenizer that is neither a family nor a directory, a size out of range, or one named twice.
+    """
+    sizes = list(sizes)
+    found: list[Spec] = []
+    for family in tokenizers:
+        if family not in FAMILIES and not Path(family).is_dir():
+            raise InputError(
+                f"{family!r} is no tokenizer; there are {', '.join(FAMILIES)}, and directories of saved ones."
+            )
+        own: list[int | None] = [*vocab_sizes]
+        if family not in FAMILIES:
+            own = [None]
+        elif family in ("bytes", "char"):
+            own = [257 if family == "bytes" else characters]
+        for vocab_size in own:
+            kind = family if family in FAMILIES else Path(family).absolute().name
+            base = kind if vocab_size is None or family == "bytes" else f"{kind}-{vocab_size}"
+            for layers, width in sizes:
+                name = base if len(sizes) == 1 else f"{base}-{layers}x{width}"
+                found.append(Spec(name, family, vocab_size, (layers, width)))
+    names = [spec.name for spec in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"There would be two arms {min(twice)}; name each tokenizer, vocabulary size and size once.")
+    if not names:
+        raise InputError("There is no arm; name at least one tokenizer, one vocabulary size and one model size.")
+    return found
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm that can be trained.
+
+    Attributes:
+      spec: what it was asked to be.
+      settings: what identifies its tokenizer.
+      seconds_to_train: of its tokenizer, when that was made.
+      training: with the updates that its budget allows.
+      flops: of a training step, per token.
+      parameters, embedding_parameters: of its model; those in embeddings and head grow with the vocabulary.
+    """
+
+    spec: Spec
+    settings: dict[str, Any]
+    tokenizer: Tokenizer
+    seconds_to_train: float
+    data: TokenizedCorpus
+    model: ModelConfig
+    training: TrainConfig
+    flops: int
+    parameters: int
+    embedding_parameters: int
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.training.batch_size * self.model.context
+
+    @property
+    def bytes_per_update(self) -> float:
+        """Source bytes, end-of-text counted as none."""
+        return self.tokens_per_update * self.data.train.bytes_per_token
+
+    def per_update(self, unit: Unit) -> float:
+        """What an update costs in the unit of a budget. Seconds are measured."""
+        if unit == "seconds":
+            return seconds_per_update(self)
+        costs = {
+            "bytes": self.bytes_per_update,
+            "tokens": self.tokens_per_update,
+            "flops": self.flops * self.tokens_per_update,
+        }
+        return costs[unit]
+
+
+def make_arm(
+    spec: Spec,
+    corpus: Corpus,
+    survey: Survey,
+    model: ModelConfig,
+    training: TrainConfig,
+    *,
+    context_unit: Literal["tokens", "bytes"],
+    folder: Path | None,
+) -> Arm:
+    """The arm's tokenizer, tokens and model; `training` as it is, without a budget yet.
+
+    The context and the batch are equal in tokens for all arms, or in source bytes: then a window is `context` bytes
+    long on average, in however many tokens, and a batch has as many windows in every arm.
+
+    Args:
+      folder: where the tokenizer is kept, and found again; None keeps none.
+
+    Raises:
+      InputError: a vocabulary size that the family or the text doesn't allow, or a tokenizer that can't be used.
+    """
+    tokenizer, settings, seconds = _tokenizer(spec, corpus, survey, folder)
+    data = tokenize(corpus, survey, tokenizer)
+    context = model.context
+    if context_unit == "bytes":
+        context = max(2, round(context / data.train.bytes_per_token))
+    model = replace(model, vocab_size=tokenizer.vocab_size, context=context)
+    model = resized(model, *spec.size)
+    make_batches(data.train, context=context, batch_size=training.batch_size, seed=training.seed)
+    arm = Arm(
+        spec,
+        settings,
+        tokenizer,
+        seconds,
+        data,
+        model,
+        training,
+        flops=0,
+        parameters=0,
+        embedding_parameters=0,
+    )
+    return _with_model(arm, model)
+
+
+def _with_model(arm: Arm, model: ModelConfig) -> Arm:
+    params = jax.eval_shape(partial(init, model), jax.random.key(0))
+    # A row of an embedding is copied, not multiplied: it takes D additions forward and D backward.
+    lookups = 2 * model.width * model.input_tokens
+    return replace(
+        arm,
+        model=model,
+        flops=flops_per_token(params, model) + lookups,
+        parameters=count_parameters(params),
+        embedding_parameters=embedding_parameters(params),
+    )
+
+
+def _tokenizer(
+    spec: Spec, corpus: Corpus, survey: Survey, folder: Path | None
+) -> tuple[Tokenizer, dict[str, Any], float]:
+    if spec.vocab_size is None:
+        tokenizer = load_tokenizer(spec.family)
+        return tokenizer, {"kind": tokenizer.kind, "hash": tokenizer.hash}, math.nan
+    settings = {"family": spec.family, "vocab_size": spec.vocab_size, "corpus": survey.fingerprint}
+    record = None if folder is None else folder / "tokenizer.json"
+    if folder is not None and record is not None and record.exists():
+        found = read_json(record)
+        if found.get("settings") == settings:
+            return load_tokenizer(folder / "tokenizer"), settings, found["seconds"]
+        raise InputError(
+            f"{folder} was made for another tokenizer or text; choose another --workdir or repeat its settings."
+        )
+    started = time.perf_counter()
+    tokenizer = FAMILIES[spec.family](train_documents(corpus, survey), spec.vocab_size)
+    seconds = time.perf_counter() - started
+    if folder is not None and record is not None:
+        tokenizer.save(folder / "tokenizer")
+        write_json(record, {"settings": settings, "seconds": seconds})
+    return tokenizer, settings, seconds
+
+
+def resized(model: ModelConfig, layers: int, width: int) -> ModelConfig:
+    """The model with other layers and another width, whose MLP keeps its share."""
+    feed_forward_width = max(1, round(model.feed_forward_width * width / model.width))
+    return replace(model, num_layers=layers, width=width, feed_forward_width=feed_forward_width)
+
+
+def with_parameters(arm: Arm, parameters: int) -> Arm:
+    """The arm with the width at which it has as nearly that many parameters as its heads allow."""
+    unit = arm.model.num_heads * (2 if arm.model.positions == "rope" else 1)
+
+    def size(width: int) -> int:
+        model = resized(arm.model, arm.model.num_layers, width)
+        return count_parameters(jax.eval_shape(partial(init, model), jax.random.key(0)))
+
+    first = next(width for width in itertools.count(unit, unit) if size(width) >= parameters)
+    width = min(max(unit, first - unit), first, key=lambda width: abs(size(width) - parameters))
+    return _with_model(arm, resized(arm.model, arm.model.num_layers, width))
+
+
+def with_budget(arm: Arm, unit: Unit, size: float, *, cost: float | None = None) -> Arm:
+    """The arm with as many updates as come nearest to a budget, one at least.
+
+    Args:
+      cost: of an update; None computes it, or measures it if it is in seconds.
+    """
+    return with_updates(arm, max(1, round(size / (arm.per_update(unit) if cost is None else cost))))
+
+
+def with_updates(arm: Arm, steps: int) -> Arm:
+    """The arm with so many updates, which its warm-up is shorter than."""
+    optimizer = arm.training.optimizer
+    if optimizer.warmup_steps is not None and optimizer.warmup_steps >= steps:
+        optimizer = replace(optimizer, warmup_steps=max(0, steps - 1))
+    return replace(arm, training=replace(arm.training, steps=steps, optimizer=optimizer))
+
+
+def seconds_per_update(arm: Arm, *, updates: int = 4) -> float:
+    """Measured: the median of a few updates on random tokens, after one that warms up."""
+    mesh = data_mesh(arm.training.batch_size)
+    state = jax.jit(partial(init_state, arm.model, arm.training), out_shardings=replicated(mesh))()
+    step = jax.jit(make_train_step(arm.model, arm.training, mesh), donate_argnums=0)
+    shape = (arm.training.batch_size, arm.model.context + 1)
+    tokens = np.random.default_rng(0).integers(arm.tokenizer.vocab_size, size=shape, dtype=np.int32)
+    batch = jax.device_put(tokens, batch_sharding(mesh))
+    seconds = []
+    for _ in range(1 + updates):
+        started = time.perf_counter()
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[1:]))

@@ -1,0 +1,192 @@
+"""Trains the arms of a comparison, one after the other, whatever of them is done already.
+
+An arm's directory holds `rates/FACTOR`, short runs of one seed that choose its learning rate on a part of the training
+documents, and `seed-N`, the runs that are compared. Each is a run directory as any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from experiments.arms import Arm, with_updates
+from jaxlm.data.shards import TokenizedCorpus
+from jaxlm.loop import RunFailed, evaluate_run, is_finished, train_together
+from jaxlm.progress import LiveTable, Reporter
+from jaxlm.runs import Run, read_json, read_metrics, write_json
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import TrainConfig, run_identity
+
+_FAILED_FILE = "failed.json"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a learning rate of the grid gave: bits per byte of the validation part, NaN if the run diverged."""
+
+    factor: float
+    learning_rate: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an arm ended.
+
+    Attributes:
+      training: what it was trained with, the chosen learning rate included; None if none could be chosen.
+      rates: the grid; empty if there was but one rate.
+      runs: the finished run of each seed.
+      failure: why the arm has no result; None if it has.
+    """
+
+    training: TrainConfig | None
+    rates: list[Rate]
+    runs: list[Path]
+    failure: str | None
+
+
+def train_arm(
+    arm: Arm,
+    folder: Path,
+    fingerprint: str,
+    *,
+    seeds: Sequence[int],
+    factors: Sequence[float],
+    rate_share: float,
+    most_together: int | None,
+    table: LiveTable,
+) -> Outcome:
+    """Chooses the arm's learning rate, if there is a choice, and trains it with every seed."""
+    rates: list[Rate] = []
+    training = at_rate(arm.training, factors[0])
+    try:
+        if len(factors) > 1:
+            table.stage(arm.spec.name, f"{len(factors)} learning rates")
+            rates = _try_rates(arm, folder / "rates", fingerprint, factors, rate_share, most_together, table)
+            best = min(rates, key=lambda rate: math.inf if math.isnan(rate.bits_per_byte) else rate.bits_per_byte)
+            if math.isnan(best.bits_per_byte):
+                return Outcome(None, rates, [], "Every learning rate of the grid diverged; choose lower ones.")
+            training = at_rate(arm.training, best.factor)
+        table.stage(arm.spec.name, f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed")
+        configs = [replace(training, seed=seed) for seed in seeds]
+        runs = [
+            Run(folder / f"seed-{config.seed}", run_identity(fingerprint, arm.settings, arm.model, config))
+            for config in configs
+        ]
+        failures = train_runs(arm, arm.data, runs, configs, most_together, table.reporter(arm.spec.name))
+    except jax.errors.JaxRuntimeError as error:
+        return Outcome(training, rates, [], f"The device failed: {str(error).splitlines()[0][:200]}")
+    for config, failure in zip(configs, failures, strict=True):
+        if failure is not None:
+            return Outcome(training, rates, [], f"Seed {config.seed}: {failure}")
+    return Outcome(training, rates, [run.path for run in runs], None)
+
+
+def at_rate(training: TrainConfig, factor: float) -> TrainConfig:
+    """The training with all its learning rates times a factor."""
+    optimizer = training.optimizer
+    return replace(
+        training,
+        optimizer=replace(
+            optimizer,
+            learning_rate=factor * optimizer.learning_rate,
+            muon_learning_rate=factor * optimizer.muon_learning_rate,
+        ),
+    )
+
+
+def _try_rates(
+    arm: Arm,
+    folder: Path,
+    fingerprint: str,
+    factors: Sequence[float],
+    share: float,
+    most_together: int | None,
+    table: LiveTable,
+) -> list[Rate]:
+    short = with_updates(arm, max(1, round(share * arm.training.steps))).training
+    short = replace(short, eval_every=short.steps, sample_every=short.steps, checkpoint_every=short.steps)
+    configs = [at_rate(short, factor) for factor in factors]
+    settings = {**arm.settings, "part": "validation"}
+    runs = [
+        Run(folder / f"{factor:g}", run_identity(fingerprint, settings, arm.model, config))
+        for factor, config in zip(factors, configs, strict=True)
+    ]
+    data = arm.data.for_validation()
+    failures = train_runs(arm, data, runs, configs, most_together, table.reporter(arm.spec.name))
+    return [
+        Rate(
+            factor,
+            config.optimizer.learning_rate,
+            math.nan if failure is not None else read_metrics(run.path)[-1]["final/bits_per_byte"],
+        )
+        for factor, config, run, failure in zip(factors, configs, runs, failures, strict=True)
+    ]
+
+
+def train_runs(
+    arm: Arm,
+    data: TokenizedCorpus,
+    runs: Sequence[Run],
+    configs: Sequence[TrainConfig],
+    most_together: int | None,
+    reporter: Reporter,
+) -> list[str | None]:
+    """Trains and scores runs of one arm, as many together as the devices allow: for each, why it failed, or None.
+
+    A run that failed once fails again, and is not tried again.
+    """
+    failures: list[str | None] = [None] * len(runs)
+    left = []
+    for index, (run, config) in enumerate(zip(runs, configs, strict=True)):
+        if (run.path / _FAILED_FILE).exists():
+            failures[index] = read_json(run.path / _FAILED_FILE)["reason"]
+        elif not is_finished(run, config):
+            left.append(index)
+    groups = in_groups(left, jax.device_count(), most_together)
+    while groups:
+        group = groups.pop(0)
+        chosen = [runs[index] for index in group]
+        own = [configs[index] for index in group]
+        try:
+            results = train_together(chosen, arm.tokenizer, data, arm.model, own, reporter)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or len(group) == 1:
+                raise
+            # Too much for the memory at once: half as many, twice.
+            groups = in_groups(group, jax.device_count(), len(group) // 2) + groups
+            continue
+        for index, run, config, result in zip(group, chosen, own, results, strict=True):
+            if isinstance(result, RunFailed):
+                failures[index] = str(result)
+                write_json(run.path / _FAILED_FILE, {"reason": str(result)})
+            else:
+                evaluate_run(run, arm.tokenizer, data, arm.model, config, result)
+    return failures
+
+
+def in_groups(items: Sequence[int], devices: int, most: int | None) -> list[list[int]]:
+    """Cut into groups of at most `most` (None: any number), each a multiple of the devices, or of a single item.
+
+    A single one has all devices for itself, so that none is idle.
+    """
+    groups, start = [], 0
+    while start < len(items):
+        size = min(len(items) - start, most or len(items))
+        size = max(1, size - size % devices)
+        groups.append(list(items[start : start + size]))
+        start += size
+    return groups
+
+
+def check_factors(factors: Sequence[float]) -> None:
+    """Raises InputError unless they are positive, finite, and each is there once."""
+    if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise InputError("The factors of the learning rate are positive numbers, at least one.")
+    if len(set(factors)) < len(factors):
+        raise InputError("A factor of the learning rate stands twice; name each once.")
