@@ -42,6 +42,13 @@ FAMILIES: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
 }
 
 
+_TOKENIZER_FILE = "tokenizer.json"
+
+
+class WrongFolder(InputError):
+    """An arm's folder is another arm's."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """What an arm is asked to be.
@@ -94,28 +101,38 @@ def specs(
 
 
 @dataclass(frozen=True)
+class MadeTokenizer:
+    """A tokenizer, what identifies it, and how many seconds its training took (NaN for one that was there)."""
+
+    tokenizer: Tokenizer
+    settings: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Arm:
     """An arm that can be trained.
 
     Attributes:
       spec: what it was asked to be.
-      settings: what identifies its tokenizer.
-      seconds_to_train: of its tokenizer, when that was made.
+      made: its tokenizer.
       training: with the updates that its budget allows.
       flops: of a training step, per token.
       parameters, embedding_parameters: of its model; those in embeddings and head grow with the vocabulary.
     """
 
     spec: Spec
-    settings: dict[str, Any]
-    tokenizer: Tokenizer
-    seconds_to_train: float
+    made: MadeTokenizer
     data: TokenizedCorpus
     model: ModelConfig
     training: TrainConfig
     flops: int
     parameters: int
     embedding_parameters: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.made.tokenizer
 
     @property
     def tokens_per_update(self) -> int:
@@ -138,47 +155,60 @@ class Arm:
         return costs[unit]
 
 
+def make_tokenizer(spec: Spec, corpus: Corpus, survey: Survey, folder: Path) -> MadeTokenizer:
+    """The tokenizer of an arm: loaded, found again in the arm's folder, or trained on the training documents.
+
+    Raises:
+      InputError: a size that the family or the text doesn't allow, a tokenizer that can't be read, or a folder that
+        was made for another one.
+    """
+    if spec.vocab_size is None:
+        tokenizer = load_tokenizer(spec.family)
+        return MadeTokenizer(tokenizer, {"kind": tokenizer.kind, "hash": tokenizer.hash}, math.nan)
+    settings = {"family": spec.family, "vocab_size": spec.vocab_size}
+    if (folder / _TOKENIZER_FILE).exists():
+        found = read_json(folder / _TOKENIZER_FILE)
+        if found["settings"] != settings or found["corpus"] != survey.fingerprint:
+            raise WrongFolder(f"{folder} holds an arm for another text or tokenizer; choose another --workdir.")
+        return MadeTokenizer(load_tokenizer(folder / "tokenizer"), settings, found["seconds"])
+    started = time.perf_counter()
+    tokenizer = FAMILIES[spec.family](train_documents(corpus, survey), spec.vocab_size)
+    return MadeTokenizer(tokenizer, settings, time.perf_counter() - started)
+
+
+def keep_tokenizer(made: MadeTokenizer, survey: Survey, folder: Path) -> None:
+    """Writes a tokenizer to the arm's folder, unless it is there or was made elsewhere."""
+    if math.isnan(made.seconds) or (folder / _TOKENIZER_FILE).exists():
+        return
+    made.tokenizer.save(folder / "tokenizer")
+    record = {"settings": made.settings, "corpus": survey.fingerprint, "seconds": made.seconds}
+    write_json(folder / _TOKENIZER_FILE, record)
+
+
 def make_arm(
     spec: Spec,
+    made: MadeTokenizer,
     corpus: Corpus,
     survey: Survey,
     model: ModelConfig,
     training: TrainConfig,
-    *,
     context_unit: Literal["tokens", "bytes"],
-    folder: Path | None,
 ) -> Arm:
-    """The arm's tokenizer, tokens and model; `training` as it is, without a budget yet.
+    """The arm's tokens and model; `training` as it is, without a budget yet.
 
     The context and the batch are equal in tokens for all arms, or in source bytes: then a window is `context` bytes
     long on average, in however many tokens, and a batch has as many windows in every arm.
 
-    Args:
-      folder: where the tokenizer is kept, and found again; None keeps none.
-
     Raises:
-      InputError: a vocabulary size that the family or the text doesn't allow, or a tokenizer that can't be used.
+      InputError: a tokenizer that loses text, or too little text for one window.
     """
-    tokenizer, settings, seconds = _tokenizer(spec, corpus, survey, folder)
-    data = tokenize(corpus, survey, tokenizer)
+    data = tokenize(corpus, survey, made.tokenizer)
     context = model.context
     if context_unit == "bytes":
         context = max(2, round(context / data.train.bytes_per_token))
-    model = replace(model, vocab_size=tokenizer.vocab_size, context=context)
-    model = resized(model, *spec.size)
+    model = resized(replace(model, vocab_size=made.tokenizer.vocab_size, context=context), *spec.size)
     make_batches(data.train, context=context, batch_size=training.batch_size, seed=training.seed)
-    arm = Arm(
-        spec,
-        settings,
-        tokenizer,
-        seconds,
-        data,
-        model,
-        training,
-        flops=0,
-        parameters=0,
-        embedding_parameters=0,
-    )
+    arm = Arm(spec, made, data, model, training, flops=0, parameters=0, embedding_parameters=0)
     return _with_model(arm, model)
 
 
@@ -193,30 +223,6 @@ def _with_model(arm: Arm, model: ModelConfig) -> Arm:
         parameters=count_parameters(params),
         embedding_parameters=embedding_parameters(params),
     )
-
-
-def _tokenizer(
-    spec: Spec, corpus: Corpus, survey: Survey, folder: Path | None
-) -> tuple[Tokenizer, dict[str, Any], float]:
-    if spec.vocab_size is None:
-        tokenizer = load_tokenizer(spec.family)
-        return tokenizer, {"kind": tokenizer.kind, "hash": tokenizer.hash}, math.nan
-    settings = {"family": spec.family, "vocab_size": spec.vocab_size, "corpus": survey.fingerprint}
-    record = None if folder is None else folder / "tokenizer.json"
-    if folder is not None and record is not None and record.exists():
-        found = read_json(record)
-        if found.get("settings") == settings:
-            return load_tokenizer(folder / "tokenizer"), settings, found["seconds"]
-        raise InputError(
-            f"{folder} was made for another tokenizer or text; choose another --workdir or repeat its settings."
-        )
-    started = time.perf_counter()
-    tokenizer = FAMILIES[spec.family](train_documents(corpus, survey), spec.vocab_size)
-    seconds = time.perf_counter() - started
-    if folder is not None and record is not None:
-        tokenizer.save(folder / "tokenizer")
-        write_json(record, {"settings": settings, "seconds": seconds})
-    return tokenizer, settings, seconds
 
 
 def resized(model: ModelConfig, layers: int, width: int) -> ModelConfig:
@@ -238,13 +244,9 @@ def with_parameters(arm: Arm, parameters: int) -> Arm:
     return _with_model(arm, resized(arm.model, arm.model.num_layers, width))
 
 
-def with_budget(arm: Arm, unit: Unit, size: float, *, cost: float | None = None) -> Arm:
-    """The arm with as many updates as come nearest to a budget, one at least.
-
-    Args:
-      cost: of an update; None computes it, or measures it if it is in seconds.
-    """
-    return with_updates(arm, max(1, round(size / (arm.per_update(unit) if cost is None else cost))))
+def with_budget(arm: Arm, unit: Unit, size: float) -> Arm:
+    """The arm with as many updates as come nearest to a budget, one at least."""
+    return with_updates(arm, max(1, round(size / arm.per_update(unit))))
 
 
 def with_updates(arm: Arm, steps: int) -> Arm:
@@ -253,6 +255,16 @@ def with_updates(arm: Arm, steps: int) -> Arm:
     if optimizer.warmup_steps is not None and optimizer.warmup_steps >= steps:
         optimizer = replace(optimizer, warmup_steps=max(0, steps - 1))
     return replace(arm, training=replace(arm.training, steps=steps, optimizer=optimizer))
+
+
+def keep_steps(arm: Arm, folder: Path, budget: tuple[Unit, float]) -> Arm:
+    """The arm with the updates that were decided when it was begun, if its budget is in seconds, which vary."""
+    if budget[0] != "seconds":
+        return arm
+    path = folder / "steps.json"
+    if not path.exists() or read_json(path)["budget"] != list(budget):
+        write_json(path, {"budget": list(budget), "steps": arm.training.steps})
+    return with_updates(arm, read_json(path)["steps"])
 
 
 def seconds_per_update(arm: Arm, *, updates: int = 4) -> float:

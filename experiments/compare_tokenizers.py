@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from experiments.arms import FAMILIES, Arm, Spec, Unit, make_arm, seconds_per_update, specs, with_budget, with_parameters
+from experiments.arms import (
+    FAMILIES,
+    Arm,
+    Spec,
+    Unit,
+    WrongFolder,
+    make_arm,
+    make_tokenizer,
+    seconds_per_update,
+    specs,
+    with_budget,
+    with_parameters,
+)
 from experiments.command_line import program
 from experiments.language_model import QUICK_OPTIMIZER
 from experiments.sweep import Outcome, check_factors, train_arm
@@ -40,7 +52,7 @@ from jaxlm.reports.charts import write_figures
 from jaxlm.reports.comparison import ArmRecord, HeldOut, collect
 from jaxlm.reports.page import write_page
 from jaxlm.reports.tables import arms_table
-from jaxlm.runs import check_writable, console, environment, read_json, recorded_devices, write_json
+from jaxlm.runs import check_writable, console, environment, recorded_devices, write_json
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig
 
@@ -82,7 +94,9 @@ class Config:
         if self.budget == "seconds" and self.budget_size is None:
             raise InputError("A budget in seconds needs its size: add --budget-size.")
         if not 0.0 < self.rate_share <= 1.0:
-            raise InputError(f"The share of the budget for a learning rate is above 0 and at most 1, not {self.rate_share}.")
+            raise InputError(
+                f"The share of the budget for a learning rate is above 0 and at most 1, not {self.rate_share}."
+            )
         if self.together is not None and self.together < 1:
             raise InputError(f"At least one run at a time has to be trained, not {self.together}.")
         if any(size < 1 for size in (*self.vocab_sizes, self.characters)):
@@ -95,7 +109,9 @@ class Config:
     def specs(self) -> list[Spec]:
         """The arms that the settings name."""
         sizes = [_SIZE.fullmatch(size) for size in self.sizes]
-        pairs = [(int(match[1]), int(match[2])) for match in sizes if match] or [(self.model.num_layers, self.model.width)]
+        pairs = [(int(match[1]), int(match[2])) for match in sizes if match] or [
+            (self.model.num_layers, self.model.width)
+        ]
         return specs(self.tokenizers, self.vocab_sizes or (self.model.vocab_size,), self.characters, pairs)
 
 
@@ -155,7 +171,9 @@ def main(config: Config) -> None:
         console.print(plan_table(config, arms, budget))
         return
 
-    console.print(f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes")
+    console.print(
+        f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes"
+    )
     outcomes = []
     with LiveTable([arm.spec.name for arm in arms]) as table:
         for arm in arms:
@@ -180,7 +198,9 @@ def main(config: Config) -> None:
     figures = write_figures(results, workdir / "figures")
     console.print(arms_table(results))
     console.print(f"\n[bold]{results['answer']}[/]\n", markup=True)
-    console.print(f"Report: {workdir / 'report.html'}; {len(figures)} figures and results.json beside it.", markup=False)
+    console.print(
+        f"Report: {workdir / 'report.html'}; {len(figures)} figures and results.json beside it.", markup=False
+    )
     if failed := [f"{entry.name} ({entry.reason})" for entry in records if entry.reason]:
         raise RunFailed(f"{len(failed)} of {len(records)} arms failed: {'; '.join(failed)}")
 
@@ -188,22 +208,21 @@ def main(config: Config) -> None:
 def prepare(
     config: Config, wanted: Sequence[Spec], corpus: Corpus, survey: Survey
 ) -> tuple[list[Arm], list[tuple[str, str]], float]:
-    """The arms with their budget, those that can't be made and why, and the size of the budget."""
+    """The arms with their budget, those that can't be made and why, and the size of the budget. Nothing is written."""
     arms: list[Arm] = []
     left_out: list[tuple[str, str]] = []
     for spec in wanted:
-        folder = None if config.dry_run else Path(config.workdir) / spec.name
         try:
-            arms.append(
-                make_arm(
-                    spec, corpus, survey, config.model, config.training, context_unit=config.context_unit, folder=folder
-                )
-            )
+            made = make_tokenizer(spec, corpus, survey, Path(config.workdir) / spec.name)
+        except WrongFolder:
+            raise
         except InputError as error:
             # One size that a family doesn't have is no reason to do without the others.
-            if spec.vocab_size is None or len(wanted) == 1:
+            if spec.vocab_size is None:
                 raise
             left_out.append((spec.name, str(error)))
+            continue
+        arms.append(make_arm(spec, made, corpus, survey, config.model, config.training, config.context_unit))
     if not arms:
         raise InputError(left_out[0][1])
     if config.match_parameters:
@@ -211,17 +230,7 @@ def prepare(
     size = config.budget_size
     if size is None:
         size = config.training.steps * arms[0].per_update(config.budget)
-    return [_planned(arm, config, size) for arm in arms], left_out, size
-
-
-def _planned(arm: Arm, config: Config, size: float) -> Arm:
-    """The arm with its budget. What a measurement decided once is kept, so that a sweep can be continued."""
-    if config.budget != "seconds" or config.dry_run:
-        return with_budget(arm, config.budget, size)
-    path = Path(config.workdir) / arm.spec.name / "seconds_per_update.json"
-    if not path.exists():
-        write_json(path, {"seconds": seconds_per_update(arm)})
-    return with_budget(arm, config.budget, size, cost=read_json(path)["seconds"])
+    return [with_budget(arm, config.budget, size) for arm in arms], left_out, size
 
 
 def record(arm: Arm, outcome: Outcome) -> ArmRecord:
@@ -232,7 +241,7 @@ def record(arm: Arm, outcome: Outcome) -> ArmRecord:
         family=arm.spec.family,
         size="x".join(map(str, (arm.model.num_layers, arm.model.width))),
         tokenizer=arm.tokenizer,
-        seconds_to_train=arm.seconds_to_train,
+        seconds_to_train=arm.made.seconds,
         parameters=arm.parameters,
         embedding_parameters=arm.embedding_parameters,
         context=arm.model.context,
@@ -273,7 +282,7 @@ def about(config: Config, corpus: Corpus, survey: Survey, held_out: HeldOut, bud
 
 def git_commit() -> str | None:
     """The commit of the code, with "+" if it was changed since; None outside a clone."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except OSError:

@@ -75,7 +75,7 @@ def train_arm(
         table.stage(arm.spec.name, f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed")
         configs = [replace(training, seed=seed) for seed in seeds]
         runs = [
-            Run(folder / f"seed-{config.seed}", run_identity(fingerprint, arm.settings, arm.model, config))
+            Run(folder / f"seed-{config.seed}", run_identity(fingerprint, arm.made.settings, arm.model, config))
             for config in configs
         ]
         failures = train_runs(arm, arm.data, runs, configs, most_together, table.reporter(arm.spec.name))
@@ -112,7 +112,7 @@ def _try_rates(
     short = with_updates(arm, max(1, round(share * arm.training.steps))).training
     short = replace(short, eval_every=short.steps, sample_every=short.steps, checkpoint_every=short.steps)
     configs = [at_rate(short, factor) for factor in factors]
-    settings = {**arm.settings, "part": "validation"}
+    settings = {**arm.made.settings, "part": "validation"}
     runs = [
         Run(folder / f"{factor:g}", run_identity(fingerprint, settings, arm.model, config))
         for factor, config in zip(factors, configs, strict=True)

@@ -143,7 +143,9 @@ def forest_chart(results: Results) -> Chart:
 def unit_chart(results: Results) -> Chart:
     """Loss per token, which can't be compared, beside bits per byte, which can."""
     arms = done_arms(results)
-    values = [f"{arm['name']} {arm['loss']:.3f} nats per token, {arm['bits_per_byte']:.3f} bits per byte" for arm in arms]
+    values = [
+        f"{arm['name']} {arm['loss']:.3f} nats per token, {arm['bits_per_byte']:.3f} bits per byte" for arm in arms
+    ]
     return Chart(
         "units",
         "Loss per token beside bits per byte",
@@ -208,7 +210,9 @@ def _curve(results: Results, name: str, unit: str) -> npt.NDArray[np.float64]:
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return "" if row["low"] is None or row["high"] is None else f" (95 % interval {row['low']:+.4f} to {row['high']:+.4f})"
+    return (
+        "" if row["low"] is None or row["high"] is None else f" (95 % interval {row['low']:+.4f} to {row['high']:+.4f})"
+    )
 
 
 def _listing(values: Iterable[str]) -> str:

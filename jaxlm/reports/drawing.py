@@ -88,7 +88,8 @@ def legend_entry(style: Style) -> str:
     shape = path.get_path().transformed(path.get_transform())
     letters = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}
     data = " ".join(
-        letters[int(code)] + ("" if code == 79 else " ".join(f"{v:.2f}" for v in points * np.tile([8, -8], len(points) // 2)))
+        letters[int(code)]
+        + ("" if code == 79 else " ".join(f"{v:.2f}" for v in points * np.tile([8, -8], len(points) // 2)))
         for points, code in shape.iter_segments(curves=True, simplify=False)
     )
     colour = f"var(--series-{style.colour})"
@@ -102,7 +103,9 @@ def legend_entry(style: Style) -> str:
 # ---- figures
 
 
-def draw_curves(results: Results, curves: Mapping[str, npt.NDArray[np.float64]], divisor: float, label: str, legend: bool) -> Figure:
+def draw_curves(
+    results: Results, curves: Mapping[str, npt.NDArray[np.float64]], divisor: float, label: str, legend: bool
+) -> Figure:
     rows = math.ceil(len(curves) / 2) if legend else 0
     figure, axis = _figure(3.4 + 0.2 * rows)
     styles = arm_styles(results)

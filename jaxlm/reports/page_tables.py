@@ -134,7 +134,9 @@ def grid_table(results: Mapping[str, Any]) -> PageTable | None:
         chosen = next((f for f, entry in entries.items() if entry["learning_rate"] == arm["learning_rate"]), None)
         cells = [_grid_cell(entries.get(factor), factor == chosen) for factor in factors]
         at_edge = chosen in (min(entries), max(entries)) and len(entries) > 1
-        rows.append([arm["name"], *cells, power(arm["learning_rate"]), "at the edge of the grid" if at_edge else "inside"])
+        rows.append(
+            [arm["name"], *cells, power(arm["learning_rate"]), "at the edge of the grid" if at_edge else "inside"]
+        )
     return PageTable(["Arm", *(f"× {factor:g}" for factor in factors), "Chosen rate", "Place"], rows)
 
 

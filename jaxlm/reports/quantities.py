@@ -21,7 +21,9 @@ def scale(unit: str, largest: float) -> tuple[float, str]:
         exponent = math.floor(math.log10(largest)) if largest > 0 else 0
         return 10.0**exponent, f"training FLOPs (× 10{str(exponent).translate(_SIGNS)})"
     if unit == "seconds":
-        divisor, name = next(pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if _fits(pair, largest))
+        divisor, name = next(
+            pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if _fits(pair, largest)
+        )
         return divisor, f"training time ({name})"
     divisor, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if _fits(pair, largest))
     return divisor, f"source bytes seen ({name})"

@@ -112,7 +112,9 @@ def _results(chosen: dict[str, Tokenizer], held_out: Sequence[str], seeds: Seque
             "se_seeds": 0.005 if several else None, "seeds": [len(seeds), len(seeds)],
             "verdict": shown if several else "one seed: not judged",
         })  # fmt: skip
-    words = {name: {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)} for name, tokenizer in chosen.items()}
+    words = {
+        name: {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)} for name, tokenizer in chosen.items()
+    }
     return {
         "version": 1, "title": "What does the tokenizer change?",
         "answer": "Per source byte, the larger BPE vocabulary needs 0.21 bits fewer than characters, and the interval leaves "
