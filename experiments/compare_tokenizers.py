@@ -166,13 +166,17 @@ def main(config: Config) -> None:
     # Every arm is prepared before the first is trained, so that bad input is said at once.
     arms, left_out, budget = prepare(config, wanted, corpus, survey)
     for name, reason in left_out:
-        console.print(f"[yellow]left out:[/] {name}: {reason}", markup=True)
+        console.print(f"left out: {name}: {reason}", style="yellow", markup=False)
     if config.dry_run:
         console.print(plan_table(config, arms, budget))
         return
 
+    for arm in arms:
+        keep_tokenizer(arm.made, survey, workdir / arm.spec.name)
+    arms = [keep_steps(arm, workdir / arm.spec.name, (config.budget, budget)) for arm in arms]
     console.print(
-        f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes"
+        f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes, the last "
+        "10 % held out"
     )
     outcomes = []
     with LiveTable([arm.spec.name for arm in arms]) as table:
@@ -197,9 +201,9 @@ def main(config: Config) -> None:
     write_page(results, workdir / "report.html")
     figures = write_figures(results, workdir / "figures")
     console.print(arms_table(results))
-    console.print(f"\n[bold]{results['answer']}[/]\n", markup=True)
+    console.print(f"\n{results['answer']}\n", style="bold", markup=False)
     console.print(
-        f"Report: {workdir / 'report.html'}; {len(figures)} figures and results.json beside it.", markup=False
+        f"Report: {workdir / 'report.html'}; {len(figures)} figures and results.json are beside it.", markup=False
     )
     if failed := [f"{entry.name} ({entry.reason})" for entry in records if entry.reason]:
         raise RunFailed(f"{len(failed)} of {len(records)} arms failed: {'; '.join(failed)}")

@@ -171,7 +171,7 @@ def _done(arm: ArmRecord, score: Estimate, held_out: HeldOut) -> dict[str, Any]:
         "high": score.high,
         "by_seed": [final["final/bits_per_byte"] for final in finals],
         "measures": {
-            **measures,
+            **{key: _finite(value) for key, value in measures.items()},
             "embedding_share": arm.embedding_parameters / arm.parameters,
             "seconds_to_train": _finite(arm.seconds_to_train),
             "encoding_speed": _encoding_speed(arm.tokenizer, held_out),

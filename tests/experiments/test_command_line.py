@@ -174,7 +174,7 @@ def test_vocabulary_too_small_or_too_large(refused: Callable[..., str], corpus: 
     assert "at most" in refused("bpe_lm", "--corpus", corpus, "--vocab-size", "30000")
     assert "at most" in refused("bpe_tokenizer", "--corpus", corpus, "--steps", "30000")
     assert "SentencePiece" in refused(
-        "compare_tokenizers", "--corpus", corpus, "--characters", "30", "--vocab-size", "270"
+        "compare_tokenizers", "--corpus", corpus, "--tokenizers", "sentencepiece-bpe", "--vocab-sizes", "270"
     )
 
 
@@ -204,6 +204,26 @@ def test_options_that_exclude_each_other(refused: Callable[..., str], corpus: st
     assert "cudnn attention needs a GPU" in refuse("--attention cudnn --vocab-size 30 --context 16")
 
 
+def test_a_comparison_that_makes_no_sense(refused: Callable[..., str], corpus: str) -> None:
+    def refuse(flags: str) -> str:
+        return refused("compare_tokenizers", "--corpus", corpus, *flags.split())
+
+    assert "'words' is no tokenizer; there are bytes, char" in refuse("--tokenizers words")
+    assert "two arms char-30" in refuse("--tokenizers char char --characters 30")
+    assert "There is no arm" in refuse("--tokenizers")
+    assert "number of seeds" in refuse("--seeds 0")
+    assert "add --budget-size" in refuse("--budget seconds")
+    for size in ("0", "-1", "nan", "inf"):
+        assert "size of the budget" in refuse(f"--budget-size {size}")
+    assert "layers x width, as 2x128, not '2'" in refuse("--sizes 2")
+    assert "width 30 doesn't divide into 4 heads" in refuse("--sizes 2x30 --characters 30 --vocab-size 310")
+    assert "positive numbers" in refuse("--rate-factors 1 -2")
+    assert "stands twice" in refuse("--rate-factors 1 1")
+    assert "share of the budget" in refuse("--rate-share 1.5")
+    assert "at least one id" in refuse("--vocab-sizes 300 0")
+    assert "At least one run" in refuse("--together 0")
+
+
 def test_unknown_split(refused: Callable[..., str], corpus: str) -> None:
     assert "no split 'gpt5'" in refused("bpe_lm", "--corpus", corpus, "--split", "gpt5")
     assert "no split 'gpt5'" in refused("bpe_tokenizer", "--corpus", corpus, "--split", "gpt5")
@@ -213,7 +233,7 @@ def test_a_later_arm_of_the_comparison_is_checked_before_the_first_is_trained(
     refused: Callable[..., str], corpus: str
 ) -> None:
     # Characters give a window of this size, the fewer tokens of the others do not.
-    flags = "--characters 30 --vocab-size 310 --context 2000".split()
+    flags = "--characters 30 --vocab-size 310 --context 2000 --context-unit tokens".split()
     assert "one window of context 2000" in refused("compare_tokenizers", "--corpus", corpus, *flags)
 
 

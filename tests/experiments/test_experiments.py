@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bpe_lm, bpe_tokenizer, char_lm, compare_tokenizers
+from experiments import bpe_lm, bpe_tokenizer, char_lm
 from experiments.command_line import parse
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import held_out_documents, survey_corpus
@@ -96,22 +96,6 @@ def test_bpe_tokenizer_explains_with_what_the_workdir_holds_or_trains_it_first(
     holds = "holds BPETokenizer(400 ids, split gpt4, 1 special token), not one of 300 ids with the split gpt2."
     assert holds in explained("--vocab-size", "300", "--split", "gpt2").replace("\n", " ")
     assert load_tokenizer(tmp_path).vocab_size == 400
-
-
-def test_compare_tokenizers_gives_every_arm_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = "--vocab-size 400 --characters 60 --batch-size 12 --steps 15".split()
-    flags = ["--workdir", str(tmp_path), *sizes, *TINY]
-    compare_tokenizers.main(parse(flags, compare_tokenizers.PRESETS, "x"))
-    text = capsys.readouterr().out
-    finals = {name: read_metrics(tmp_path / name)[-1] for name in ("char", "bpe-400", "sentencepiece-400")}
-    for name, final in finals.items():
-        assert name in text
-        assert final["bytes"] == pytest.approx(15 * 12 * 32, rel=0.1)
-        assert f"{final['final/bits_per_byte']:.4f}" in text
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    before = (tmp_path / "char" / "metrics.jsonl").read_bytes()
-    compare_tokenizers.main(parse(flags, compare_tokenizers.PRESETS, "x"))
-    assert (tmp_path / "char" / "metrics.jsonl").read_bytes() == before, "a finished arm is not trained again"
 
 
 # ---- resume, with real processes and real signals
