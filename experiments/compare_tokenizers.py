@@ -32,6 +32,8 @@ from experiments.arms import (
     Spec,
     Unit,
     WrongFolder,
+    keep_steps,
+    keep_tokenizer,
     make_arm,
     make_tokenizer,
     seconds_per_update,
@@ -175,8 +177,8 @@ def main(config: Config) -> None:
         keep_tokenizer(arm.made, survey, workdir / arm.spec.name)
     arms = [keep_steps(arm, workdir / arm.spec.name, (config.budget, budget)) for arm in arms]
     console.print(
-        f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes, the last "
-        "10 % held out"
+        f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes, the "
+        "last 10 % held out"
     )
     outcomes = []
     with LiveTable([arm.spec.name for arm in arms]) as table:

@@ -1,7 +1,7 @@
 """Charts of a tokenizer comparison, drawn once for two uses: SVG within the report page, and PNG for a paper.
 
-All of them are drawn from the results of the comparison, JSON-able data, and from nothing else. They are 360 points wide, with
-letters of 10 points and more: the width of a phone, so that the letters can still be read there.
+All of them are drawn from the results of the comparison, JSON-able data, and from nothing else. They are 360 points
+wide, the width of a phone, with letters of 10 points and more, so that these can still be read there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from jaxlm.reports import drawing
 from jaxlm.reports.drawing import Results, done_arms
-from jaxlm.reports.quantities import amount, scale
+from jaxlm.reports.quantities import amount, axis_scale
 
 _NAMED = 12  # arms whose numbers a text alternative tells
 
@@ -82,14 +82,19 @@ def curve_chart(results: Results, unit: str) -> Chart | None:
     if not curves:
         return None
     nouns = {"bytes": "source bytes seen", "flops": "training FLOPs", "seconds": "training time"}
-    divisor, axis_label = scale(unit, max(curve[0].max() for curve in curves.values()))
+    captions = {
+        "bytes": "Held-out bits per byte as training goes on; lower is better. The first steps lie above the frame. "
+        "During training a share of the held-out documents is scored, for the table all of them.",
+        "flops": "The same against the arithmetic that it took: what each arm makes of equal computation.",
+        "seconds": "The same against the time that it took here, without compilation, evaluation and sampling.",
+    }
+    divisor, axis_label = axis_scale(unit, max(curve[0].max() for curve in curves.values()))
     ends = [f"{name} {curve[1, -1]:.3f} at {amount(unit, curve[0, -1])}" for name, curve in curves.items()]
     band = " The band goes from the lowest seed to the highest." if len(results["seeds"]) > 1 else ""
     return Chart(
         f"curve-{unit}",
         f"Bits per byte against {nouns[unit]}",
-        f"Held-out bits per byte while training goes on, against {nouns[unit]}; lower is better.{band} The first steps lie "
-        "above the frame. The figures in the table are over all held-out documents; during training a share is scored.",
+        f"{captions[unit]}{band}",
         f"Line chart. The last evaluation of each: {_listing(ends)}.",
         partial(drawing.draw_curves, results, curves, divisor, axis_label),
     )
@@ -102,7 +107,7 @@ def size_chart(results: Results) -> Chart:
     return Chart(
         "vocabulary-size",
         "Bits per byte against the size of the vocabulary",
-        "Final bits per byte against the number of ids (logarithmic), a line for each family; bars are 95 % intervals.",
+        "Final bits per byte with 95\u00a0% intervals against the number of ids (logarithmic), a line for each family.",
         f"Line chart by family. Bits per byte: {_listing(values)}.",
         partial(drawing.draw_sizes, results),
     )
@@ -117,8 +122,8 @@ def compression_chart(results: Results) -> Chart:
     return Chart(
         "compression",
         "Does better compression predict a better model?",
-        "How much held-out text a token holds, against final bits per byte with its 95 % interval; lower is better. If "
-        "compression decided, the points would fall along one line.",
+        "How much held-out text a token holds, against final bits per byte with its 95\u00a0% interval; lower is "
+        "better. If compression decided, the points would fall along one line.",
         f"Scatter plot. {_listing(values)}.",
         partial(drawing.draw_compression, results),
     )
@@ -133,8 +138,8 @@ def forest_chart(results: Results) -> Chart:
     return Chart(
         "differences",
         "Differences in bits per byte",
-        "Each point is the first arm minus the second, with its 95 % interval; left of zero the first needs fewer bits. "
-        "Filled: a difference is shown. Hollow: none is, or there is one seed only.",
+        "Each point is the first arm minus the second, with its 95\u00a0% interval; left of zero the first needs fewer "
+        "bits. Filled: a difference is shown. Hollow: none is, or there is one seed only.",
         f"Forest plot of differences in bits per byte: {_listing(values)}.",
         lambda legend: drawing.draw_forest(rows),
     )
@@ -149,8 +154,8 @@ def unit_chart(results: Results) -> Chart:
     return Chart(
         "units",
         "Loss per token beside bits per byte",
-        "Left, nats per token: a token is another amount of text in each row, so the bars have different units and no order. "
-        "Right, bits per byte of the same text: one unit; bars are 95 % intervals.",
+        "Left, nats per token: a token is another amount of text in each row, so the bars have different units and no "
+        "order. Right, bits per byte of the same text: one unit.",
         f"Two bar charts. {_listing(values)}.",
         lambda legend: drawing.draw_units(arms),
     )
@@ -211,7 +216,9 @@ def _curve(results: Results, name: str, unit: str) -> npt.NDArray[np.float64]:
 
 def _interval(row: Mapping[str, Any]) -> str:
     return (
-        "" if row["low"] is None or row["high"] is None else f" (95 % interval {row['low']:+.4f} to {row['high']:+.4f})"
+        ""
+        if row["low"] is None or row["high"] is None
+        else f" (95\u00a0% interval {row['low']:+.4f} to {row['high']:+.4f})"
     )
 
 

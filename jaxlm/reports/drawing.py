@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ INK, MUTED, RULE, PAPER, NEUTRAL = "#1b1e24", "#5a606b", "#d9dce1", "#fefefe", "
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (5, 1.5, 1, 1.5), (1.2, 1.4))
 WIDTH = 5.0  # inches, 360 points
+MANY = 12  # arms; of more, only what is beside its point gets a label
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def arm_styles(results: Results) -> dict[str, Style]:
 @contextmanager
 def look() -> Iterator[None]:
     """Within it figures have the look of the report. A name is never taken for a formula, whatever it holds."""
-    settings = {
+    settings: Any = {
         "font.size": 10.5, "axes.labelsize": 10.5, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": MUTED,
         "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": RULE, "grid.linewidth": 0.7, "axes.grid": True,
@@ -106,17 +108,18 @@ def legend_entry(style: Style) -> str:
 def draw_curves(
     results: Results, curves: Mapping[str, npt.NDArray[np.float64]], divisor: float, label: str, legend: bool
 ) -> Figure:
-    rows = math.ceil(len(curves) / 2) if legend else 0
-    figure, axis = _figure(3.4 + 0.2 * rows)
+    many = len(curves) > MANY
+    columns = 3 if many else 2
+    figure, axis = _figure(3.4 + (0.2 * math.ceil(len(curves) / columns) if legend else 0))
     styles = arm_styles(results)
     numbers = {arm["name"]: index for index, arm in enumerate(results["arms"])}
     for place, (name, (x, mean, low, high)) in enumerate(curves.items()):
         style = styles[name]
         colour = SERIES[style.colour]
-        every = max(1, len(x) // 6)
+        every = max(1, len(x) // (3 if many else 6))
         line = axis.plot(
             x / divisor, mean, color=colour, marker=style.marker, linestyle=(0, style.dash) if style.dash else "-",
-            markevery=(place % every, every), label=short(name),
+            markevery=(place % every, every), label=short(name, 14 if many else 24), linewidth=1 if many else 1.6,
         )[0]  # fmt: skip
         line.set_gid(f"arm-{numbers[name]}")
         if np.any(high > low):
@@ -124,13 +127,13 @@ def draw_curves(
             band.set_gid(f"arm-{numbers[name]}")
     # Where training begins a model knows nothing; a frame that holds this would flatten all that follows.
     lowest = min(curve[2].min() for curve in curves.values())
-    highest = max(curve[3][curve[0] >= curve[0][-1] / 8].max() for curve in curves.values())
+    highest = max(curve[3][curve[0] >= curve[0][-1] / 6].max() for curve in curves.values())
     margin = 0.05 * (highest - lowest) or 0.05
     axis.set_ylim(lowest - margin, highest + margin)
     axis.set_xlim(left=0)
     axis.set(xlabel=label, ylabel="held-out bits per byte")
     if legend:
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -139,12 +142,17 @@ def draw_sizes(results: Results, legend: bool) -> Figure:
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for arm in done_arms(results):
         families[arm["family"]].append(arm)
-    points, names = [], []
+    points, names, avoided = [], [], _interval_ends(done_arms(results), lambda arm: arm["vocab_size"])
+    styles = arm_styles(results)
     for family, arms in families.items():
         arms.sort(key=lambda arm: arm["vocab_size"])
         x, y = [arm["vocab_size"] for arm in arms], [arm["bits_per_byte"] for arm in arms]
-        axis.plot(x, y, color=MUTED, linewidth=1, zorder=1)
+        colours = {styles[arm["name"]].colour for arm in arms}
+        axis.plot(x, y, color=SERIES[colours.pop()] if len(colours) == 1 else MUTED, linewidth=1, zorder=1)
         _draw_arms(axis, results, arms, x)
+        along = np.linspace(0, 1, 20)
+        for left, right in itertools.pairwise(zip(np.log(x), y, strict=True)):
+            avoided += [(math.exp(left[0] * (1 - t) + right[0] * t), left[1] * (1 - t) + right[1] * t) for t in along]
         points.append((x[-1], y[-1]))
         names.append(short(family))
     axis.set_xscale("log")
@@ -157,21 +165,24 @@ def draw_sizes(results: Results, legend: bool) -> Figure:
     axis.xaxis.set_major_locator(FixedLocator(kept))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
-    axis.margins(x=0.1, y=0.12)
+    axis.margins(x=0.15, y=0.15)
     axis.set(xlabel="vocabulary size (ids)", ylabel="final bits per byte")
-    place_labels(axis, points, names, colour=INK, rule=MUTED, halo=PAPER)
+    place_labels(axis, points, names, avoid=avoided, colour=INK, rule=MUTED, halo=PAPER)
     return figure
 
 
 def draw_compression(results: Results, legend: bool) -> Figure:
     arms = done_arms(results)
-    figure, axis = _figure(3.4 if len(arms) < 12 else 4.6)
+    figure, axis = _figure(3.4 if len(arms) <= MANY else 4.2)
     x = [arm["bytes_per_token"] for arm in arms]
     _draw_arms(axis, results, arms, x)
     axis.margins(0.12)
     axis.set(xlabel="bytes per token on held-out text", ylabel="final bits per byte")
     points = list(zip(x, [arm["bits_per_byte"] for arm in arms], strict=True))
-    place_labels(axis, points, [short(arm["name"]) for arm in arms], colour=INK, rule=MUTED, halo=PAPER)
+    place_labels(
+        axis, points, [short(arm["name"]) for arm in arms], colour=INK, rule=MUTED, halo=PAPER,
+        avoid=_interval_ends(arms, lambda arm: arm["bytes_per_token"]), farthest=10 if len(arms) > MANY else 60,
+    )  # fmt: skip
     return figure
 
 
@@ -202,26 +213,21 @@ def draw_units(arms: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.1 + 0.3 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(arms))
-    intervals = [(arm["low"], arm["high"]) for arm in arms]
     for axis, key, colour, title, digits in (
         (left, "loss", NEUTRAL, "nats per token:\ndifferent units", 2),
         (right, "bits_per_byte", SERIES[0], "bits per byte:\none unit", 3),
     ):
         values = [arm[key] for arm in arms]
         axis.barh(places, values, color=colour, height=0.62)
-        ends = [high or value for (_, high), value in zip(intervals, values, strict=True)] if key != "loss" else values
-        for place, value, end in zip(places, values, ends, strict=True):
+        for place, value in zip(places, values, strict=True):
             axis.annotate(
-                f"{value:.{digits}f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=10
+                f"{value:.{digits}f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=10
             )
         axis.set_title(title, fontsize=10.5, loc="left")
-        axis.set_xlim(0, 1.4 * max(ends))
+        axis.set_xlim(0, 1.4 * max(values))
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)
         axis.locator_params(axis="x", nbins=4)
-    for place, (low, high) in zip(places, intervals, strict=True):
-        if low is not None and high is not None:
-            right.hlines(place, low, high, color=INK, linewidth=1.6)
     left.set_yticks(places, [short(arm["name"], 20) for arm in arms])
     left.set_ylim(len(arms) - 0.5, -0.5)
     return figure
@@ -240,6 +246,10 @@ def _draw_arms(axis: Axes, results: Results, arms: Sequence[Mapping[str, Any]], 
             )
         point = axis.plot(position, arm["bits_per_byte"], color=colour, marker=style.marker, linestyle="none", zorder=3)
         point[0].set_gid(f"arm-{numbers[arm['name']]}")
+
+
+def _interval_ends(arms: Sequence[Mapping[str, Any]], x: Callable[[Any], float]) -> list[tuple[float, float]]:
+    return [(x(arm), arm[end]) for arm in arms for end in ("low", "bits_per_byte", "high") if arm[end] is not None]
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

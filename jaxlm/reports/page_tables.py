@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from jaxlm.reports.drawing import done_arms
-from jaxlm.reports.quantities import power, size
+from jaxlm.reports.quantities import count, power, size
 
 NONE = "–"
 _NUMBER = re.compile(r"[-−+±]?\.?\d|–$")
@@ -54,12 +54,14 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         "flops": lambda: f"{power(budget['size'])} FLOPs",
         "seconds": lambda: f"{budget['size']:,.0f} seconds of training",
     }
+    sizes = {arm["size"] for arm in results["arms"]}
     seeds = ", ".join(map(str, results["seeds"]))
     return [
         ("Corpus", f"{corpus['spec']}: {corpus['documents']:,} documents, {size(corpus['bytes'])}"),
         ("Held out", f"{corpus['held_out_documents']:,} documents, {size(corpus['held_out_bytes'])}"),
         ("Budget of each model", amounts[budget["unit"]]()),
         ("Context", f"equal in {results['context_unit']}"),
+        *([("Model", f"{_model(*sizes)} (layers × width)")] if len(sizes) == 1 else []),
         ("Seeds", seeds or NONE),
     ]
 
@@ -67,7 +69,7 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 def difference_table(rows: Sequence[Mapping[str, Any]]) -> PageTable:
     """Pairs of arms: the difference, its interval, where its error comes from, and what is shown by it."""
     return PageTable(
-        ["Difference", "Bits per byte", "95 % interval", "s.e. documents", "s.e. seeds", "Seeds", "What is shown"],
+        ["Difference", "Bits per byte", "95 % interval", "s.e. documents", "s.e. seeds", "Seeds", "What is shown"],
         [
             [
                 f"{row['a']} − {row['b']}",
@@ -85,32 +87,31 @@ def difference_table(rows: Sequence[Mapping[str, Any]]) -> PageTable:
 
 def score_table(results: Mapping[str, Any]) -> PageTable:
     """A row for each arm that has a score: what it is, what it reached, and what that took."""
-    groups = [("", 1), ("Held-out text", 3), ("Tokenizer", 3), ("Model", 4), ("Training", 8)]
+    # One size for all is told above the table, whose columns are many enough.
+    left_out = {7} if len({arm["size"] for arm in results["arms"]}) == 1 else set()
+    groups = [("", 1), ("Held-out text", 3), ("Tokenizer", 3), ("Model", 4 - len(left_out)), ("Training", 9)]
     columns = [
-        "Arm", "bits per byte", "95 % interval", "nats per token", "kind", "ids", "bytes per token", "size", "parameters",
-        "of which embeddings", "context, tokens", "batch", "updates", "tokens",
-        "source bytes", "FLOPs", "learning rate", "tokens/s", "seconds",
+        "Arm", "bits per byte", "95 % interval", "nats per token", "kind", "ids", "bytes per token", "size",
+        "parameters", "of which embeddings", "context, tokens", "batch", "updates", "tokens",
+        "source bytes", "FLOPs", "learning rate", "tokens/s", "seconds", "seeds",
     ]  # fmt: skip
-    if len(results["seeds"]) != 1:
-        groups[-1] = ("Training", 9)
-        columns.append("seeds")
     rows = []
     for arm in done_arms(results):
         row = [
             arm["name"],
             _fixed(arm["bits_per_byte"]),
-            NONE if arm["low"] is None else f"{arm['low']:.4f} to {arm['high']:.4f}",
+            NONE if arm["low"] is None else f"{arm['low']:.4f} – {arm['high']:.4f}",
             f"{arm['loss']:.3f}",
             arm["tokenizer"],
             f"{arm['vocab_size']:,}",
             f"{arm['bytes_per_token']:.2f}",
-            arm["size"].replace("x", " × "),
+            _model(arm["size"]),
             f"{arm['parameters']:,}",
             f"{arm['embedding_parameters'] / arm['parameters']:.0%}".replace("%", " %"),
             f"{arm['context']:,}",
             f"{arm['batch_size']:,}",
             f"{arm['updates']:,}",
-            f"{arm['tokens']:,}",
+            count(arm["tokens"]),
             size(arm["bytes"]),
             power(arm["flops"]),
             power(arm["learning_rate"]),
@@ -118,8 +119,9 @@ def score_table(results: Mapping[str, Any]) -> PageTable:
             f"{arm['seconds']:,.0f}",
             f"{len(arm['by_seed'])}",
         ]
-        rows.append(row[: len(columns)])
-    return PageTable(columns, rows, groups)
+        rows.append(row)
+    kept = [index for index in range(len(columns)) if index not in left_out]
+    return PageTable([columns[index] for index in kept], [[row[index] for index in kept] for row in rows], groups)
 
 
 def grid_table(results: Mapping[str, Any]) -> PageTable | None:
@@ -164,6 +166,10 @@ def measure_table(results: Mapping[str, Any]) -> PageTable | None:
         for arm in arms
     ]
     return PageTable(["Arm", *columns], rows)
+
+
+def _model(layers_and_width: str) -> str:
+    return layers_and_width.replace("x", " × ")
 
 
 def _format(value: float | None, specification: str) -> str:

@@ -7,42 +7,56 @@ import math
 _SIGNS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
-def power(number: float, digits: int = 3) -> str:
-    """A number in a few digits, a large or small one with its power of ten."""
+def digits(number: float) -> str:
+    """A number in three digits, or all those before the point."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
+
+
+def power(number: float) -> str:
+    """A number in three digits, a large or a small one with its power of ten."""
     if number == 0 or 1e-3 <= abs(number) < 1e6:
-        return f"{number:.{digits}g}" if abs(number) < 10**digits else f"{number:,.0f}"
-    mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
-    return f"{mantissa} × 10{str(int(exponent)).translate(_SIGNS)}"
-
-
-def scale(unit: str, largest: float) -> tuple[float, str]:
-    """By what an axis is divided, and its label."""
-    if unit == "flops":
-        exponent = math.floor(math.log10(largest)) if largest > 0 else 0
-        return 10.0**exponent, f"training FLOPs (× 10{str(exponent).translate(_SIGNS)})"
-    if unit == "seconds":
-        divisor, name = next(
-            pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if _fits(pair, largest)
-        )
-        return divisor, f"training time ({name})"
-    divisor, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if _fits(pair, largest))
-    return divisor, f"source bytes seen ({name})"
-
-
-def amount(unit: str, value: float) -> str:
-    if unit == "bytes":
-        divisor, label = scale(unit, value)
-        return f"{value / divisor:.3g} {label.rsplit('(')[-1].rstrip(')')}"
-    return f"{power(value)} FLOPs" if unit == "flops" else f"{value:,.0f} s"
-
-
-def _fits(pair: tuple[float, str], largest: float) -> bool:
-    return largest >= 2 * pair[0] or pair[0] == 1
+        return digits(number)
+    mantissa, exponent = f"{number:.2e}".split("e")
+    return f"{mantissa} × {_ten(int(exponent))}"
 
 
 def size(number: float) -> str:
     """A number of bytes."""
-    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= divisor:
-            return f"{number / divisor:.3g} {unit}" if number < 1000 * divisor else f"{number / divisor:,.0f} {unit}"
-    return f"{number:,.0f} B"
+    divisor, unit = _unit(number, (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+    return f"{digits(number / divisor)} {unit}"
+
+
+def count(number: float) -> str:
+    """A number of things: all its digits below 10,000, else the first three."""
+    if number < 1e4:
+        return f"{number:,.0f}"
+    divisor, unit = _unit(number, (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    return f"{digits(number / divisor)} {unit}"
+
+
+def amount(unit: str, number: float) -> str:
+    """A number of `bytes`, `flops` or `seconds`."""
+    if unit == "bytes":
+        return size(number)
+    return f"{power(number)} FLOPs" if unit == "flops" else f"{number:,.0f} s"
+
+
+def axis_scale(unit: str, largest: float) -> tuple[float, str]:
+    """By what the numbers on an axis of `bytes`, `flops` or `seconds` are divided, and its label."""
+    if unit == "flops":
+        exponent = math.floor(math.log10(largest)) if largest > 0 else 0
+        return 10.0**exponent, f"training FLOPs (× {_ten(exponent)})"
+    if unit == "seconds":
+        divisor, name = _unit(largest / 2, (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        return divisor, f"training time ({name})"
+    divisor, name = _unit(largest, (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+    return divisor, f"source bytes seen ({name})"
+
+
+def _unit(number: float, *units: tuple[float, str]) -> tuple[float, str]:
+    """The first unit, from the largest down, of which there is at least one; the last if there is none."""
+    return next((unit for unit in units if number >= unit[0]), units[-1])
+
+
+def _ten(exponent: int) -> str:
+    return f"10{str(exponent).translate(_SIGNS)}"

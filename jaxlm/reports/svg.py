@@ -24,8 +24,8 @@ _COLOUR = re.compile("|".join(_VARIABLES))
 def inline_svg(chart: Chart) -> str:
     """The `<svg>` element of a chart, which names itself to a screen reader.
 
-    Its colours are the page's CSS variables, its ids begin with the chart's key, and what belongs to the arm with index i
-    has `data-arm="i"`.
+    Its colours are the page's CSS variables, its ids begin with the chart's key, and what belongs to the arm with
+    index i has `data-arm="i"`.
     """
     with look(), mpl.rc_context({"svg.hashsalt": chart.key}):
         output = io.StringIO()

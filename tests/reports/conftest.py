@@ -23,7 +23,7 @@ MEASURES = [
     },
     {
         "key": "renyi", "label": "Rényi efficiency", "unit": "", "format": ".3f",
-        "definition": "Rényi entropy of order 2.5 of the token frequencies, divided by the logarithm of the vocabulary size.",
+        "definition": "Rényi entropy (order 2.5) of the token frequencies, divided by the logarithm of the ids.",
         "source": "Zouhar et al., Tokenization and the Noiseless Channel, ACL 2023",
     },
     {
@@ -69,7 +69,7 @@ def _results(chosen: dict[str, Tokenizer], held_out: Sequence[str], seeds: Seque
     for name, tokenizer in chosen.items():
         ratio = held_out_bytes / sum(len(tokenizer.encode(text)) for text in held_out)
         score = 2.05 + 0.9 / (1 + np.log(tokenizer.vocab_size / 60)) + random.normal(0, 0.01)
-        by_seed = [float(score + random.normal(0, 0.004)) for _ in seeds]
+        by_seed = [float(score + random.normal(0, 0.01)) for _ in seeds]
         score = float(np.mean(by_seed))
         vocabulary = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         embedding = 2 * 128 * tokenizer.vocab_size
@@ -77,19 +77,20 @@ def _results(chosen: dict[str, Tokenizer], held_out: Sequence[str], seeds: Seque
         parameters = 412_000 + embedding
         arms.append({
             "name": name, "family": name.split("-")[0], "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
-            "size": "2x128", "status": "done", "reason": None, "parameters": parameters, "embedding_parameters": embedding,
-            "bytes_per_token": ratio, "context": round(256 / ratio), "batch_size": 64, "updates": 440, "tokens": tokens,
-            "bytes": 1_800_000, "flops": 6.0 * parameters * tokens, "seconds": 55 / ratio, "learning_rate": 1e-3,
+            "size": "2x128", "status": "done", "reason": None, "parameters": parameters,
+            "embedding_parameters": embedding, "bytes_per_token": ratio, "context": round(256 / ratio),
+            "batch_size": 64, "updates": 440, "tokens": tokens, "bytes": 1_800_000, "flops": 6.0 * parameters * tokens,
+            "seconds": 55 / ratio, "learning_rate": 1e-3,
             "grid": [
-                {"factor": f, "learning_rate": f * 1e-3, "bits_per_byte": None if f > 3 else score + 0.03 * abs(np.log(f))}
+                {"factor": f, "learning_rate": f * 1e-3, "bits_per_byte": None if f > 3 else score + abs(f - 1) / 20}
                 for f in (0.3, 1.0, 3.0, 10.0)
             ],
             "loss": score * ratio * np.log(2), "bits_per_byte": score, "low": score - 0.019, "high": score + 0.019,
             "by_seed": by_seed,
-            "measures": {"bytes_per_token": ratio, "renyi": 0.7 - 0.01 * ratio, "unused": 3.1, "fertility": 5.6 / ratio},
+            "measures": {"bytes_per_token": ratio, "renyi": 0.7 - 0.01 * ratio, "unused": 3.1, "fertility": 5 / ratio},
             "longest_tokens": [visible(token) for token in sorted(vocabulary, key=len)[-12:-1]],
             "samples": [
-                {"seed": seed, "text": f"La rivière est un {name} de la forêt qui se porte\net les pierres de l'eau. " * 4}
+                {"seed": seed, "text": f"La rivière est un {name} de la forêt\net les pierres de l'eau. " * 5}
                 for seed in seeds
             ],
         })  # fmt: skip
@@ -98,8 +99,8 @@ def _results(chosen: dict[str, Tokenizer], held_out: Sequence[str], seeds: Seque
             evaluations.append({
                 "arm": name, "seed": seed, "step": step, "tokens": round(tokens * share), "bytes": round(1.8e6 * share),
                 "flops": arms[-1]["flops"] * share, "seconds": arms[-1]["seconds"] * share * (1 + 0.02 * place),
-                "loss": 1.0, "bits_per_byte": by_seed[place] + 5.5 * float(np.exp(-9 * share)), "bits_per_byte_se": 0.01,
-                "final": False,
+                "loss": 1.0, "bits_per_byte": by_seed[place] + 5.5 * float(np.exp(-9 * share)),
+                "bits_per_byte_se": 0.01, "final": False,
             })  # fmt: skip
     several = len(seeds) > 1
     differences = []
@@ -117,8 +118,8 @@ def _results(chosen: dict[str, Tokenizer], held_out: Sequence[str], seeds: Seque
     }
     return {
         "version": 1, "title": "What does the tokenizer change?",
-        "answer": "Per source byte, the larger BPE vocabulary needs 0.21 bits fewer than characters, and the interval leaves "
-        "out zero. What loss per token shows is the reverse, since a token of the one is twice the text of the other.",
+        "answer": "Per source byte, the larger BPE vocabulary needs 0.21 bits fewer than characters, and the interval "
+        "leaves out zero. Loss per token shows the reverse, since a token of one is twice the text of the other.",
         "command": "python -m experiments.compare_tokenizers --preset quick --arms char bpe-300 bpe-500",
         "git_commit": "3c32cb3f0a4e5d7b9a1c2e3f4a5b6c7d8e9f0a1b", "versions": {"python": "3.11.7", "jax": "0.10.2"},
         "machine": {"devices": ["TFRT_CPU_0"], "cores": 2},
