@@ -63,7 +63,7 @@ def test_a_comparison_from_its_flags_to_its_report(tmp_path: Path, capsys: pytes
         scored = {entry["factor"]: entry["bits_per_byte"] for entry in arm["grid"]}
         assert set(scored) == {0.5, 4.0}
         best = min(scored, key=lambda factor: scored[factor])
-        assert arm["learning_rate"] == pytest.approx(best * 3e-3)
+        assert arm["learning_rate"] == pytest.approx(best * 0.02)
         for seed in (0, 1):
             final = read_metrics(tmp_path / arm["name"] / f"seed-{seed}")[-1]
             assert final["final/bits_per_byte"] == arm["by_seed"][seed]
