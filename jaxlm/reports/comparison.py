@@ -257,7 +257,7 @@ def paragraphs(texts: Sequence[str], *, count: int = 3, characters: int = 320) -
     for text in texts:
         paragraph = max(text.split("\n"), key=lambda line: min(len(line), characters)).strip()
         if len(paragraph) > characters:
-            paragraph = paragraph[:characters].rsplit(" ", 1)[0] + " …"
+            paragraph = paragraph[:characters].rsplit(" ", 1)[0]
         if paragraph:
             found.append(paragraph)
         if len(found) == count:

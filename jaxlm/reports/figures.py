@@ -35,33 +35,6 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: s
     _save(figure, path)
 
 
-def comparison_figure(arms: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Left: loss per token, which misleads; middle: bits per byte; right: bits per byte as training goes on."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", width_ratios=(1, 1, 1.5))
-    names = list(arms)
-    finals = [metrics[-1] for metrics in arms.values()]
-    colours = [_COLOURS[index % len(_COLOURS)] for index in range(len(names))]
-    losses = [final["final/loss"] for final in finals]
-    scores = [final["final/bits_per_byte"] for final in finals]
-    errors = [final["final/bits_per_byte_se"] or 0.0 for final in finals]
-    axes[0].bar(names, losses, color=colours, width=0.6)
-    axes[0].bar_label(axes[0].containers[0], fmt="%.2f", padding=2)
-    axes[0].set_title("nats per token: different units")
-    axes[1].bar(names, scores, yerr=errors, color=colours, width=0.6, capsize=5)
-    axes[1].bar_label(axes[1].containers[-1], fmt="%.3f", padding=2)
-    axes[1].set_title("bits per byte: one unit (± standard error)")
-    for axis, values in ((axes[0], losses), (axes[1], scores)):
-        axis.set_ylim(0, 1.15 * max(values))
-        _label(axis, "", "")
-        axis.grid(axis="x", visible=False)
-    for (name, metrics), colour in zip(arms.items(), colours, strict=True):
-        _held_out(axes[2], metrics, colour, name)
-    axes[2].set_title("held-out bits per byte during training")
-    _label(axes[2], "source bytes seen (MB)", "")
-    axes[2].legend(frameon=False)
-    _save(figure, path)
-
-
 def tokenizer_figure(
     curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     sentence: str,

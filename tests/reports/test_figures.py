@@ -43,14 +43,6 @@ def test_learning_curve(tmp_path: Path, axes: list[Axes]) -> None:
     np.testing.assert_allclose(axes[1].lines[0].get_xydata(), [[2e-5, 3.0], [4e-5, 2.0]])
 
 
-def test_comparison(tmp_path: Path, axes: list[Axes]) -> None:
-    figures.comparison_figure({"char": METRICS, "bpe-500": METRICS}, tmp_path / "comparison.png")
-    check(tmp_path / "comparison.png")
-    assert [bar.get_height() for bar in axes[0].patches] == [1.4, 1.4]
-    assert [bar.get_height() for bar in axes[1].patches] == [2.1, 2.1]
-    assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["char", "bpe-500"]
-
-
 def test_tokenizers(tmp_path: Path, axes: list[Axes]) -> None:
     curves = {"BPE": ([257, 300, 400], [1.0, 1.4, 1.9]), "characters": ([98], [1.02])}
     tokenized = {"BPE": [b"L'", "été".encode()], "characters": [b"L", b"'", "é".encode(), b"t", "é".encode()]}

@@ -7,7 +7,7 @@ import io
 import jax.numpy as jnp
 from rich.console import Console, RenderableType
 
-from jaxlm.reports.tables import comparison_table, deviation, parameter_table, rows_table, token_text
+from jaxlm.reports.tables import arms_table, deviation, parameter_table, rows_table, token_text
 from jaxlm.tokenizers.base import visible
 
 
@@ -17,14 +17,6 @@ def rendered(table: RenderableType) -> str:
     return output.getvalue()
 
 
-def arm(**changes: object) -> dict[str, object]:
-    return {
-        "vocab_size": 98, "parameters": 453_986, "final/bytes_per_token": 1.0273, "bytes": 2_000_000, "step": 600,
-        "final/loss": 1.5, "final/bits_per_byte": 2.1234, "final/bits_per_byte_se": 0.0123, "tokens": 1_000_000,
-        "seconds": 50.0, **changes,
-    }  # fmt: skip
-
-
 def test_parameters_add_up() -> None:
     text = rendered(parameter_table({"a": {"kernel": jnp.zeros((3, 5))}, "b": jnp.zeros(7)}))
     assert "a/kernel" in text
@@ -32,16 +24,24 @@ def test_parameters_add_up() -> None:
     assert "22" in text.splitlines()[-2]
 
 
-def test_comparison_has_a_row_an_arm() -> None:
-    text = rendered(
-        comparison_table({"char": arm(), "bpe": arm(**{"final/bits_per_byte_se": None, "vocab_size": 500})})
-    )
-    assert "2.1234 ± 0.0123" in text
-    assert "2.1234 ± -" in text
-    assert "20,000" in text
-    assert "2.0 MB" in text
-    assert "453,986" in text
-    assert deviation(arm()) == "0.0123"
+def test_a_comparison_has_a_row_an_arm() -> None:
+    done = {
+        "name": "char[98]", "status": "done", "vocab_size": 98, "parameters": 453_986, "bytes_per_token": 1.0273,
+        "updates": 600, "learning_rate": 3e-4, "loss": 1.5, "bits_per_byte": 2.1234, "low": 2.1, "high": 2.15,
+        "tokens": 1_000_000, "seconds": 50.0,
+    }  # fmt: skip
+    alone = {**done, "name": "bpe", "low": None, "high": None, "bits_per_byte": 2.5}
+    failed = {"name": "bytes", "status": "failed", "vocab_size": 257}
+    text = rendered(arms_table({"budget": {"unit": "bytes"}, "arms": [done, alone, failed]}))
+    assert "equal bytes" in text
+    for shown in ("char[98]", "453,986", "0.0003", "2.1234 ± 0.0250", "20,000", "2.5000  ", "failed"):
+        assert shown in text
+    assert "failed" in rendered(arms_table({"budget": {"unit": "bytes"}, "arms": [failed]}))
+
+
+def test_the_error_of_a_single_document_is_a_dash() -> None:
+    assert deviation({"final/bits_per_byte_se": 0.01234}) == "0.0123"
+    assert deviation({"final/bits_per_byte_se": None}) == "-"
 
 
 def test_tokens_show_what_cannot_be_seen() -> None:
