@@ -47,16 +47,21 @@ def done_arms(results: Results) -> list[dict[str, Any]]:
 
 
 def arm_styles(results: Results) -> dict[str, Style]:
-    """A style for each arm: colours by arm if there are enough, otherwise by family, with markers within a family."""
+    """A style for each arm, no two of up to 56 with the same colour and marker.
+
+    Of more arms than colours, those of a family share one, unless there are too many families, or arms in one.
+    """
     arms = results["arms"]
-    families = list(dict.fromkeys(arm["family"] for arm in arms))
-    by_family = len(arms) > len(SERIES) and 1 < len(families) <= len(SERIES)
-    places: dict[str, int] = defaultdict(int)
+    families: dict[str, list[str]] = defaultdict(list)
+    for arm in arms:
+        families[arm["family"]].append(arm["name"])
+    largest = max(map(len, families.values()), default=0)
+    by_family = len(arms) > len(SERIES) >= len(families) > 1 and largest <= len(MARKERS)
     styles = {}
     for index, arm in enumerate(arms):
-        colour = families.index(arm["family"]) if by_family else index % len(SERIES)
-        place = places[arm["family"]] if by_family else index + index // len(MARKERS)
-        places[arm["family"]] += 1
+        # The numbers of colours and of markers have no common divisor, so that pairs of them repeat late.
+        colour = list(families).index(arm["family"]) if by_family else index % len(SERIES)
+        place = families[arm["family"]].index(arm["name"]) if by_family else index
         dash = DASHES[(place + place // len(MARKERS)) % len(DASHES)]
         styles[arm["name"]] = Style(colour, MARKERS[place % len(MARKERS)], dash)
     return styles
@@ -173,15 +178,19 @@ def draw_sizes(results: Results, legend: bool) -> Figure:
 
 def draw_compression(results: Results, legend: bool) -> Figure:
     arms = done_arms(results)
-    figure, axis = _figure(3.4 if len(arms) <= MANY else 4.2)
+    # Where points are too many for a label each, a legend names them: that of the page, or on paper one of the figure.
+    many = len(arms) > MANY
+    figure, axis = _figure((4.2 if many else 3.4) + (0.2 * math.ceil(len(arms) / 3) if many and legend else 0))
     x = [arm["bytes_per_token"] for arm in arms]
     _draw_arms(axis, results, arms, x)
     axis.margins(0.12)
     axis.set(xlabel="bytes per token on held-out text", ylabel="final bits per byte")
+    if many and legend:
+        figure.legend(loc="outside lower center", ncols=3)
     points = list(zip(x, [arm["bits_per_byte"] for arm in arms], strict=True))
     place_labels(
         axis, points, [short(arm["name"]) for arm in arms], colour=INK, rule=MUTED, halo=PAPER,
-        avoid=_interval_ends(arms, lambda arm: arm["bytes_per_token"]), farthest=10 if len(arms) > MANY else 60,
+        avoid=_interval_ends(arms, lambda arm: arm["bytes_per_token"]), farthest=10 if many else 60,
     )  # fmt: skip
     return figure
 
@@ -244,7 +253,15 @@ def _draw_arms(axis: Axes, results: Results, arms: Sequence[Mapping[str, Any]], 
             axis.vlines(position, arm["low"], arm["high"], color=colour, linewidth=1.3).set_gid(
                 f"arm-{numbers[arm['name']]}"
             )
-        point = axis.plot(position, arm["bits_per_byte"], color=colour, marker=style.marker, linestyle="none", zorder=3)
+        point = axis.plot(
+            position,
+            arm["bits_per_byte"],
+            color=colour,
+            marker=style.marker,
+            linestyle="none",
+            zorder=3,
+            label=short(arm["name"], 14),
+        )
         point[0].set_gid(f"arm-{numbers[arm['name']]}")
 
 
