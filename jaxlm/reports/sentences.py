@@ -28,7 +28,7 @@ def answer(
         opening = f"{after} no difference between {best['name']} and {other['name']} is shown: {scores}, {_less(found)}"
         opening += "." if found["verdict"] == "no difference shown" else ", and one seed says nothing about chance."
     by_loss = min(arms, key=lambda arm: arm["loss"])
-    if by_loss is not best:
+    if by_loss is not best and by_loss["bytes_per_token"] < best["bytes_per_token"]:
         second = (
             f"Loss per token would have put {by_loss['name']} first ({by_loss['loss']:.3f} nats against "
             f"{best['loss']:.3f}), since its tokens hold less text: {by_loss['bytes_per_token']:.2f} bytes against "
