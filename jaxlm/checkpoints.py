@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
+import json
 import logging
 import os
+import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from jaxlm.tokenizers.base import InputError
 
 State = TypeVar("State")
 
@@ -16,39 +26,64 @@ State = TypeVar("State")
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 _METRIC = "bits_per_byte"
+_FORMAT = 1
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint can't be read, and has been set aside. The message is one sentence."""
+
+
+class _Changed(Exception):
+    """An array that can be read, and is another one."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint is a pytree of arrays and a JSON-able record beside it. It appears under its step only when it is
-    whole. The latest `keep` are kept, and the one with the lowest bits per byte.
+    A checkpoint is a pytree of arrays and a JSON-able record beside it, with a checksum of each array. It appears under
+    its step only when it is whole. The latest `keep` are kept, and the one with the lowest bits per byte. One that
+    turns out to be broken is moved to `broken_checkpoints`, beside the directory, never deleted.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, read_only: bool = False) -> None:
+        self._directory = Path(directory).absolute()
+        self._broken = self._directory.with_name("broken_checkpoints")
+        self._notices: list[str] = []
+        # Orbax reads the records of all checkpoints when it is opened, and ends if it can't.
+        for folder in self._directory.glob("[0-9]*") if self._directory.is_dir() else ():
+            if folder.name.isdigit() and not _has_record(folder):
+                self._set_aside(int(folder.name), "its record is damaged")
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         self._checkpointer = ocp.training.Checkpointer(
-            Path(directory).absolute(),
+            self._directory,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             # What a killed process left half written; but a reader must not take it from one that is still writing.
             cleanup_tmp_directories=not read_only,
         )
 
     @property
-    def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, None if there is none. Waits for a save in progress."""
-        self._checkpointer.wait()
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
-
-    @property
     def steps(self) -> list[int]:
         """The steps of all checkpoints. Waits for a save in progress."""
         self._checkpointer.wait()
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, None if there is none. Waits for a save in progress."""
+        return max(self.steps, default=None)
+
+    @property
+    def only_broken(self) -> bool:
+        """Whether there were checkpoints, and all of them turned out to be broken."""
+        return not self.steps and self._broken.is_dir() and any(self._broken.iterdir())
+
+    def take_notices(self) -> list[str]:
+        """What has been set aside since this was called last, a sentence each."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def forget_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, which are to be trained again."""
@@ -60,20 +95,80 @@ class Checkpoints:
         """Copies the state and writes it in the background. An error of the save before is raised here."""
         self._checkpointer.wait()
         metrics = None if bits_per_byte is None else {_METRIC: bits_per_byte}
-        self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=record, force=True)
+        kept = {"format": _FORMAT, "record": record, "checksums": _checksums(state)}
+        self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=kept, force=True)
 
     def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
-        """The checkpoint of a step, or the newest: its state, laid out as `abstract_state` says, and its record."""
+        """The checkpoint of a step, or the newest: its state, laid out as `abstract_state` says, and its record.
+
+        Raises:
+          BrokenCheckpoint: it can't be read, or an array differs from what was saved. It has been set aside, so that
+            the one before it is the newest now.
+          InputError: it was written by a newer version of this code.
+        """
         step = self.latest_step if step is None else step
-        state = self._checkpointer.load(step, abstract_state)
-        record = self._checkpointer.metadata(step).custom_metadata
-        assert isinstance(record, dict)
-        return state, record
+        assert step is not None
+        with _no_more_than_the_exception():
+            try:
+                kept = self._checkpointer.metadata(step).custom_metadata
+                assert isinstance(kept, dict)
+                if kept.get("format", 0) > _FORMAT:
+                    raise InputError(f"{self._directory / str(step)} was written by a newer jaxlm; use that one.")
+                state = self._checkpointer.load(step, abstract_state)
+                if "checksums" in kept:
+                    changed = [name for name, sum_ in _checksums(state).items() if kept["checksums"].get(name) != sum_]
+                    if changed:
+                        raise _Changed(f"the array {changed[0]} isn't what was saved")
+            except (InputError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # orbax and tensorstore raise all kinds for damaged files
+                self._set_aside(step, str(error) if isinstance(error, _Changed) else "its files are damaged")
+                self._checkpointer.reload()
+                raise BrokenCheckpoint(self._notices[-1]) from None
+        # Before there were checksums, the record was all that was kept.
+        return state, kept["record"] if "checksums" in kept else kept
 
     def close(self) -> None:
         """Waits until all is written."""
         self._checkpointer.wait()
         self._checkpointer.close()
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        self._broken.mkdir(exist_ok=True)
+        names = (f"{step}" if count == 1 else f"{step}-{count}" for count in itertools.count(1))
+        place = next(self._broken / name for name in names if not (self._broken / name).exists())
+        (self._directory / str(step)).rename(place)
+        self._notices.append(f"The checkpoint of step {step} is broken ({reason}); it is kept in {place}.")
+
+
+def _has_record(folder: Path) -> bool:
+    """Whether the record of a checkpoint can be read."""
+    try:
+        kept = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())["custom_metadata"]
+        return isinstance(kept, dict) and ("record" in kept or "step" in kept)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _checksums(state: Any) -> dict[str, str]:
+    """Type, shape and CRC-32 of each array, by its path in the tree."""
+    sums = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.ascontiguousarray(leaf)
+        sums[jax.tree_util.keystr(path)] = f"{array.dtype}{list(array.shape)}:{zlib.crc32(array.tobytes()):08x}"
+    return sums
+
+
+@contextlib.contextmanager
+def _no_more_than_the_exception() -> Iterator[None]:
+    """Orbax's readers that are given up for the error of another one print theirs when they are collected; not here."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = before
 
 
 def abstract(state: State, sharding: jax.sharding.Sharding) -> State:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxlm.attention import check_implementation, default_implementation
-from jaxlm.checkpoints import Checkpoints, abstract
+from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract
 from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.evaluation import Evaluation, evaluate
@@ -93,13 +93,12 @@ def train_together(
             _Loop(run, tokenizer, data, model, each, clock, (index, count), reporter)
             for index, (run, each) in enumerate(zip(runs, configs, strict=True))
         ]
-        first = _common_step([loop.checkpoints for loop in loops])
+        first, states = _resume(loops, everywhere)
         if first > config.steps:
             raise InputError(
                 f"{runs[0].path} has {first} steps already, and {config.steps} were asked for; ask for no fewer, or "
                 "choose another --workdir."
             )
-        states = [loop.resume(first, everywhere) for loop in loops]
         if first == config.steps:
             return list(states)
 
@@ -147,9 +146,28 @@ def _part(joint: Any, index: int, count: int, sharding: jax.sharding.Sharding) -
     return joint if count == 1 else jax.device_put(jax.tree.map(lambda leaf: leaf[index], joint), sharding)
 
 
-def _common_step(checkpoints: Sequence[Checkpoints]) -> int:
-    """The newest step that all have; 0 if there is none. A kill can come between the saves of two runs."""
-    return max(set.intersection(*(set(each.steps) for each in checkpoints)), default=0)
+def _resume(loops: Sequence[_Loop], sharding: jax.sharding.Sharding) -> tuple[int, list[TrainState]]:
+    """The newest step that all runs have intact, 0 if there is none, and their states and logs as they were then.
+
+    A kill can come between the saves of two runs, and a checkpoint can turn out to be broken.
+
+    Raises:
+      RunFailed: a run has none but broken checkpoints.
+    """
+    while True:
+        for loop in loops:
+            for notice in loop.checkpoints.take_notices():
+                console.print(notice, style="yellow", markup=False)
+            if loop.checkpoints.only_broken:
+                raise RunFailed(
+                    f"All checkpoints of {loop.run.path} are broken, and kept in its broken_checkpoints; restore one "
+                    "from elsewhere, or start again in another --workdir."
+                )
+        first = max(set.intersection(*(set(loop.checkpoints.steps) for loop in loops)), default=0)
+        if first > loops[0].config.steps:
+            return first, []
+        with contextlib.suppress(BrokenCheckpoint):
+            return first, [loop.resume(first, sharding) for loop in loops]
 
 
 class _Facts:

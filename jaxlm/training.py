@@ -5,6 +5,7 @@ Shapes: B batch, T = context, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm.attention import Implementation
-from jaxlm.checkpoints import Checkpoints, abstract
+from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract
 from jaxlm.evaluation import token_nats
 from jaxlm.model import ModelConfig, Params, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -225,10 +226,11 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
         raise InputError(f"The run in {path} has no checkpoint yet; train it further first.")
     checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
     try:
-        if checkpoints.latest_step is None:
-            raise InputError(f"The run in {path} has no checkpoint yet; train it further first.")
         shapes = jax.eval_shape(partial(init_state, model, config))
-        state, _ = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])))
+        while checkpoints.latest_step is not None:
+            with contextlib.suppress(BrokenCheckpoint):
+                state, _ = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])))
+                return tokenizer, model, state.params
+        raise InputError(f"The run in {path} has no checkpoint that can be read; train it further first.")
     finally:
         checkpoints.close()
-    return tokenizer, model, state.params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.checkpoints import Checkpoints, abstract
+from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract
+from jaxlm.tokenizers import InputError
 
 
 def state(value: float) -> dict[str, Any]:
@@ -81,3 +83,72 @@ def test_abstract_keeps_shapes_and_types_and_sets_the_place() -> None:
     assert shapes["weights"].shape == (3, 5)
     assert shapes["nested"]["step"].dtype == jnp.int32
     assert shapes["weights"].sharding == sharding
+
+
+def part(folder: Path, kind: str) -> Path:
+    """A file of a checkpoint: its record, what describes the arrays, or what holds them."""
+    data = sorted((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    return {"record": folder / "_CHECKPOINT_METADATA", "arrays": folder / "state" / "_METADATA", "data": data[-1]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["record", "arrays", "data"])
+@pytest.mark.parametrize("fault", ["missing", "empty", "cut", "flipped"])
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_the_newest(
+    kind: str, fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (5, 10):
+        checkpoints.save(step, state(step), {"step": step})
+    checkpoints.close()
+    file = part(tmp_path / "checkpoints" / "10", kind)
+    data = file.read_bytes()
+    if fault == "missing":
+        file.unlink()
+    else:
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        file.write_bytes({"empty": b"", "cut": data[:middle], "flipped": flipped}[fault])
+    capfd.readouterr()
+    reopened = Checkpoints(tmp_path / "checkpoints")
+    if reopened.latest_step == 10:
+        with pytest.raises(BrokenCheckpoint, match="step 10 is broken"):
+            reopened.restore(state(0))
+    restored, record = reopened.restore(state(0))
+    assert record == {"step": 5}
+    np.testing.assert_array_equal(restored["weights"], state(5)["weights"])
+    (notice,) = reopened.take_notices()
+    assert notice.endswith(f"it is kept in {tmp_path / 'broken_checkpoints' / '10'}.")
+    assert reopened.take_notices() == []
+    assert not reopened.only_broken
+    reopened.save(10, state(10), {"step": 10})
+    assert reopened.latest_step == 10, "the step can be saved again"
+    reopened.close()
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_checkpoint_from_before_there_were_checksums_opens(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, state(3), {"step": 3, "seconds": 1.0})
+    checkpoints.close()
+    file = tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_bytes())
+    content["custom_metadata"] = content["custom_metadata"]["record"]
+    file.write_text(json.dumps(content))
+    reopened = Checkpoints(tmp_path / "checkpoints")
+    assert reopened.restore(state(0))[1] == {"step": 3, "seconds": 1.0}
+    reopened.close()
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, state(3), {"step": 3})
+    checkpoints.close()
+    file = tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_bytes())
+    content["custom_metadata"]["format"] = 99
+    file.write_text(json.dumps(content))
+    reopened = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(InputError, match="newer jaxlm"):
+        reopened.restore(state(0))
+    assert reopened.steps == [3]
+    reopened.close()

@@ -266,7 +266,7 @@ def test_load_trained_without_a_checkpoint_says_so(tmp_path: Path, data: tuple) 
     with pytest.raises(InputError, match="There is no run"):
         load_trained(tmp_path / "nothing")
     open_run(tmp_path / "run", data[2]).start(data[0], {})
-    with pytest.raises(InputError, match="no checkpoint yet"):
+    with pytest.raises(InputError, match="no checkpoint"):
         load_trained(tmp_path / "run")
 
 
@@ -275,6 +275,44 @@ def test_config_records_the_environment_and_the_tokenizer(tmp_path: Path, data: 
     config = read_config(tmp_path / "run")
     assert config["environment"] == {"devices": ["test"]}
     assert config["tokenizer_hash"] == data[0].hash
+
+
+def damage(folder: Path) -> None:
+    """One byte of the largest file of a checkpoint."""
+    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_leads_to_the_same_bits(
+    tmp_path: Path, data: tuple, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = run_training(tmp_path / "straight", data, CONFIG)
+    run_training(tmp_path / "run", data, CONFIG)
+    damage(tmp_path / "run" / "checkpoints" / "20")
+    capsys.readouterr()
+    assert_equal_bits(straight, run_training(tmp_path / "run", data, CONFIG))
+    text = capsys.readouterr().out.replace("\n", " ")
+    assert "The checkpoint of step 20 is broken" in text and "Continuing" in text and "after step 15" in text
+    assert losses(tmp_path / "straight") == losses(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "broken_checkpoints").iterdir()] == ["20"]
+    damage(tmp_path / "run" / "checkpoints" / "20")
+    assert int(jax.tree.leaves(load_trained(tmp_path / "run")[2])[0].size) > 0, "a reader takes the one before, too"
+    assert {path.name for path in (tmp_path / "run" / "broken_checkpoints").iterdir()} == {"20", "20-2"}
+
+
+def test_when_all_checkpoints_are_broken_the_run_says_so_and_stops(tmp_path: Path, data: tuple) -> None:
+    run_training(tmp_path / "run", data, CONFIG)
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    for folder in kept:
+        damage(folder)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(RunFailed, match=r"All checkpoints of .* are broken"):
+            run_training(tmp_path / "run", data, replace(CONFIG))
+    assert len(list((tmp_path / "run" / "broken_checkpoints").iterdir())) == len(kept)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
 # ---- several runs as one program
