@@ -27,7 +27,7 @@ from jaxlm.parallel import batch_sharding, data_mesh, replicated
 from jaxlm.runs import read_json, write_json
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import TrainConfig, init_state, make_train_step
+from jaxlm.training import TrainConfig, init_state, make_joint_step, make_train_step
 
 Unit = Literal["bytes", "tokens", "flops", "seconds"]
 
@@ -45,8 +45,8 @@ FAMILIES: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
 _TOKENIZER_FILE = "tokenizer.json"
 
 
-class WrongFolder(InputError):
-    """An arm's folder is another arm's."""
+class NotToBeHad(InputError):
+    """A family has no tokenizer of that size for that text."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def specs(
         elif family in ("bytes", "char"):
             own = [257 if family == "bytes" else characters]
         for vocab_size in own:
-            kind = family if family in FAMILIES else Path(family).absolute().name
+            kind = family if family in FAMILIES else _name_of(Path(family).resolve())
             base = kind if vocab_size is None or family == "bytes" else f"{kind}-{vocab_size}"
             for layers, width in sizes:
                 name = base if len(sizes) == 1 else f"{base}-{layers}x{width}"
@@ -98,6 +98,11 @@ def specs(
     if not names:
         raise InputError("There is no arm; name at least one tokenizer, one vocabulary size and one model size.")
     return found
+
+
+def _name_of(path: Path) -> str:
+    """A directory's name; for the tokenizer of a run, that of the run."""
+    return path.parent.name if path.name == "tokenizer" else path.name
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,10 @@ class Arm:
         """Source bytes, end-of-text counted as none."""
         return self.tokens_per_update * self.data.train.bytes_per_token
 
-    def per_update(self, unit: Unit) -> float:
-        """What an update costs in the unit of a budget. Seconds are measured."""
+    def per_update(self, unit: Unit, seeds: int = 1) -> float:
+        """What an update costs in the unit of a budget; seconds are measured, of so many seeds as one program."""
         if unit == "seconds":
-            return seconds_per_update(self)
+            return seconds_per_update(self, seeds=seeds)
         costs = {
             "bytes": self.bytes_per_update,
             "tokens": self.tokens_per_update,
@@ -159,8 +164,8 @@ def make_tokenizer(spec: Spec, corpus: Corpus, survey: Survey, folder: Path) -> 
     """The tokenizer of an arm: loaded, found again in the arm's folder, or trained on the training documents.
 
     Raises:
-      InputError: a size that the family or the text doesn't allow, a tokenizer that can't be read, or a folder that
-        was made for another one.
+      NotToBeHad: a size that the family or the text doesn't allow.
+      InputError: a tokenizer that can't be read, or a folder that was made for another one.
     """
     if spec.vocab_size is None:
         tokenizer = load_tokenizer(spec.family)
@@ -169,10 +174,13 @@ def make_tokenizer(spec: Spec, corpus: Corpus, survey: Survey, folder: Path) -> 
     if (folder / _TOKENIZER_FILE).exists():
         found = read_json(folder / _TOKENIZER_FILE)
         if found["settings"] != settings or found["corpus"] != survey.fingerprint:
-            raise WrongFolder(f"{folder} holds an arm for another text or tokenizer; choose another --workdir.")
+            raise InputError(f"{folder} holds an arm for another text or tokenizer; choose another --workdir.")
         return MadeTokenizer(load_tokenizer(folder / "tokenizer"), settings, found["seconds"])
     started = time.perf_counter()
-    tokenizer = FAMILIES[spec.family](train_documents(corpus, survey), spec.vocab_size)
+    try:
+        tokenizer = FAMILIES[spec.family](train_documents(corpus, survey), spec.vocab_size)
+    except InputError as error:
+        raise NotToBeHad(str(error)) from None
     return MadeTokenizer(tokenizer, settings, time.perf_counter() - started)
 
 
@@ -204,9 +212,12 @@ def make_arm(
     """
     data = tokenize(corpus, survey, made.tokenizer)
     context = model.context
+    window = model.window
     if context_unit == "bytes":
         context = max(2, round(context / data.train.bytes_per_token))
-    model = resized(replace(model, vocab_size=made.tokenizer.vocab_size, context=context), *spec.size)
+        window = None if window is None else max(1, min(context, round(window / data.train.bytes_per_token)))
+    model = replace(model, vocab_size=made.tokenizer.vocab_size, context=context, window=window)
+    model = resized(model, *spec.size)
     make_batches(data.train, context=context, batch_size=training.batch_size, seed=training.seed)
     arm = Arm(spec, made, data, model, training, flops=0, parameters=0, embedding_parameters=0)
     return _with_model(arm, model)
@@ -244,9 +255,9 @@ def with_parameters(arm: Arm, parameters: int) -> Arm:
     return _with_model(arm, resized(arm.model, arm.model.num_layers, width))
 
 
-def with_budget(arm: Arm, unit: Unit, size: float) -> Arm:
+def with_budget(arm: Arm, unit: Unit, size: float, seeds: int = 1) -> Arm:
     """The arm with as many updates as come nearest to a budget, one at least."""
-    return with_updates(arm, max(1, round(size / arm.per_update(unit))))
+    return with_updates(arm, max(1, round(size / arm.per_update(unit, seeds))))
 
 
 def with_updates(arm: Arm, steps: int) -> Arm:
@@ -257,28 +268,42 @@ def with_updates(arm: Arm, steps: int) -> Arm:
     return replace(arm, training=replace(arm.training, steps=steps, optimizer=optimizer))
 
 
-def keep_steps(arm: Arm, folder: Path, budget: tuple[Unit, float]) -> Arm:
-    """The arm with the updates that were decided when it was begun, if its budget is in seconds, which vary."""
-    if budget[0] != "seconds":
-        return arm
-    path = folder / "steps.json"
-    if not path.exists() or read_json(path)["budget"] != list(budget):
-        write_json(path, {"budget": list(budget), "steps": arm.training.steps})
-    return with_updates(arm, read_json(path)["steps"])
+def kept_updates(folder: Path, seconds: float) -> int | None:
+    """The updates that a budget in seconds came to when an arm was begun with it, since measurements vary; or None."""
+    path = folder / f"updates-in-{seconds:g}-seconds.json"
+    return read_json(path)["updates"] if path.exists() else None
 
 
-def seconds_per_update(arm: Arm, *, updates: int = 4) -> float:
-    """Measured: the median of a few updates on random tokens, after one that warms up."""
-    mesh = data_mesh(arm.training.batch_size)
-    state = jax.jit(partial(init_state, arm.model, arm.training), out_shardings=replicated(mesh))()
-    step = jax.jit(make_train_step(arm.model, arm.training, mesh), donate_argnums=0)
-    shape = (arm.training.batch_size, arm.model.context + 1)
-    tokens = np.random.default_rng(0).integers(arm.tokenizer.vocab_size, size=shape, dtype=np.int32)
-    batch = jax.device_put(tokens, batch_sharding(mesh))
+def keep_updates(folder: Path, seconds: float, updates: int) -> None:
+    """Writes them down, unless they are there."""
+    if kept_updates(folder, seconds) is None:
+        write_json(folder / f"updates-in-{seconds:g}-seconds.json", {"updates": updates})
+
+
+def seconds_per_update(arm: Arm, *, seeds: int = 1, updates: int = 4) -> float:
+    """Measured, of one seed: the median of a few updates on random tokens, after one that warms up.
+
+    Args:
+      seeds: that are trained as one program, if the devices divide their number.
+    """
+    seeds = seeds if seeds % jax.device_count() == 0 else 1
+    configs = [replace(arm.training, seed=seed) for seed in range(seeds)]
+    mesh = data_mesh(seeds if seeds > 1 else arm.training.batch_size)
+    states = [init_state(arm.model, config) for config in configs]
+    tokens = np.random.default_rng(0).integers(
+        arm.tokenizer.vocab_size, size=(seeds, arm.training.batch_size, arm.model.context + 1), dtype=np.int32
+    )
+    if seeds > 1:
+        state = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *states), batch_sharding(mesh))
+        step = jax.jit(make_joint_step(arm.model, configs, mesh), donate_argnums=0)
+    else:
+        state = jax.device_put(states[0], replicated(mesh))
+        step = jax.jit(make_train_step(arm.model, arm.training, mesh), donate_argnums=0)
+    batch = jax.device_put(tokens if seeds > 1 else tokens[0], batch_sharding(mesh))
     seconds = []
     for _ in range(1 + updates):
         started = time.perf_counter()
         state, _ = step(state, batch)
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
+    return float(np.median(seconds[1:])) / seeds

@@ -29,21 +29,23 @@ from rich.text import Text
 from experiments.arms import (
     FAMILIES,
     Arm,
+    NotToBeHad,
     Spec,
     Unit,
-    WrongFolder,
-    keep_steps,
     keep_tokenizer,
+    keep_updates,
+    kept_updates,
     make_arm,
     make_tokenizer,
     seconds_per_update,
     specs,
     with_budget,
     with_parameters,
+    with_updates,
 )
 from experiments.command_line import program
 from experiments.language_model import MODERN_MODEL, MODERN_OPTIMIZER
-from experiments.sweep import Outcome, check_factors, train_arm
+from experiments.sweep import Outcome, check_factors, grid_runs, train_arm
 from jaxlm.data.documents import Corpus, open_corpus
 from jaxlm.data.shards import Survey, held_out_documents, survey_corpus
 from jaxlm.loop import RunFailed
@@ -107,6 +109,7 @@ class Config:
             if not _SIZE.fullmatch(size):
                 raise InputError(f"A model size is layers x width, as 2x128, not {size!r}.")
         check_factors(self.rate_factors)
+        replace(self.training, seed=self.training.seed + self.seeds - 1)  # the last seed is in range, too
 
     def specs(self) -> list[Spec]:
         """The arms that the settings name."""
@@ -165,7 +168,7 @@ def main(config: Config) -> None:
     workdir = Path(config.workdir)
     check_writable(workdir)
     wanted = config.specs()
-    recorded = (recorded_devices(path) for path in sorted(workdir.glob("*/seed-*")))
+    recorded = (recorded_devices(path) for path in sorted(workdir.glob("arms/*/rate-*/seed-*")))
     use_cores(config.training.batch_size, next(filter(None, recorded), None))
     data_mesh(config.training.batch_size)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
@@ -179,8 +182,11 @@ def main(config: Config) -> None:
         return
 
     for arm in arms:
-        keep_tokenizer(arm.made, survey, workdir / arm.spec.name)
-    arms = [keep_steps(arm, workdir / arm.spec.name, (config.budget, budget)) for arm in arms]
+        keep_tokenizer(arm.made, survey, arm_folder(config, arm.spec))
+        if config.budget == "seconds":
+            keep_updates(arm_folder(config, arm.spec), budget, arm.training.steps)
+        if arm.spec.vocab_size is None:
+            console.print(f"{arm.spec.name} was there already: it may have seen the held-out text.", markup=False)
     console.print(
         f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes, the "
         "last 10 % held out"
@@ -190,7 +196,7 @@ def main(config: Config) -> None:
         for arm in arms:
             outcome = train_arm(
                 arm,
-                workdir / arm.spec.name,
+                arm_folder(config, arm.spec),
                 survey.fingerprint,
                 seeds=range(config.training.seed, config.training.seed + config.seeds),
                 factors=config.rate_factors,
@@ -224,13 +230,9 @@ def prepare(
     left_out: list[tuple[str, str]] = []
     for spec in wanted:
         try:
-            made = make_tokenizer(spec, corpus, survey, Path(config.workdir) / spec.name)
-        except WrongFolder:
-            raise
-        except InputError as error:
+            made = make_tokenizer(spec, corpus, survey, arm_folder(config, spec))
+        except NotToBeHad as error:
             # One size that a family doesn't have is no reason to do without the others.
-            if spec.vocab_size is None:
-                raise
             left_out.append((spec.name, str(error)))
             continue
         arms.append(make_arm(spec, made, corpus, survey, config.model, config.training, config.context_unit))
@@ -241,7 +243,23 @@ def prepare(
     size = config.budget_size
     if size is None:
         size = config.training.steps * arms[0].per_update(config.budget)
-    return [with_budget(arm, config.budget, size) for arm in arms], left_out, size
+    arms = [planned(arm, config, size) for arm in arms]
+    if len(config.rate_factors) > 1:
+        for arm in arms:  # whatever is wrong with the grid is said now
+            grid_runs(
+                arm, arm_folder(config, arm.spec) / "grid", survey.fingerprint, config.rate_factors, config.rate_share
+            )
+    return arms, left_out, size
+
+
+def arm_folder(config: Config, spec: Spec) -> Path:
+    return Path(config.workdir) / "arms" / spec.name
+
+
+def planned(arm: Arm, config: Config, size: float) -> Arm:
+    """The arm with the updates of its budget, those that it was begun with if that is measured."""
+    updates = kept_updates(arm_folder(config, arm.spec), size) if config.budget == "seconds" else None
+    return with_budget(arm, config.budget, size, config.seeds) if updates is None else with_updates(arm, updates)
 
 
 def record(arm: Arm, outcome: Outcome) -> ArmRecord:
@@ -261,6 +279,7 @@ def record(arm: Arm, outcome: Outcome) -> ArmRecord:
         flops_per_token=arm.flops,
         bytes_per_token=arm.data.train.bytes_per_token,
         learning_rate=training.optimizer.learning_rate,
+        muon_learning_rate=training.optimizer.muon_learning_rate if training.optimizer.name == "muon" else None,
         grid=[(rate.factor, rate.learning_rate, rate.bits_per_byte) for rate in outcome.rates],
         runs={int(path.name.removeprefix("seed-")): path for path in outcome.runs},
         reason=outcome.failure,
@@ -285,6 +304,7 @@ def about(config: Config, corpus: Corpus, survey: Survey, held_out: HeldOut, bud
             "held_out_documents": len(held_out.texts),
             "held_out_bytes": int(held_out.document_bytes.sum()),
         },
+        "imported": [spec.name for spec in config.specs() if spec.vocab_size is None],
         "budget": {"unit": config.budget, "size": budget},
         "context_unit": config.context_unit,
         "seeds": list(range(config.training.seed, config.training.seed + config.seeds)),
@@ -313,7 +333,7 @@ def plan_table(config: Config, arms: Sequence[Arm], budget: float) -> Table:
     with console.status("measuring a few updates of each arm"):
         for arm in arms:
             tokens = arm.training.steps * arm.tokens_per_update
-            seconds = seconds_per_update(arm) * arm.training.steps * (config.seeds + rates)
+            seconds = seconds_per_update(arm, seeds=config.seeds) * arm.training.steps * (config.seeds + rates)
             total += seconds
             rows.append(
                 (

@@ -1,7 +1,7 @@
 """Trains the arms of a comparison, one after the other, whatever of them is done already.
 
-An arm's directory holds `rates/FACTOR`, short runs of one seed that choose its learning rate on a part of the training
-documents, and `seed-N`, the runs that are compared. Each is a run directory as any other.
+An arm's directory holds `grid/FACTOR`, short runs of one seed that choose the factor of its learning rate on a part of
+the training documents, and `rate-FACTOR/seed-N`, the runs that are compared. Each is a run directory as any other.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 import jax
 
 from experiments.arms import Arm, with_updates
+from jaxlm.checkpoints import saved_steps
+from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.loop import RunFailed, evaluate_run, is_finished, train_together
 from jaxlm.progress import LiveTable, Reporter
-from jaxlm.runs import Run, read_json, read_metrics, write_json
+from jaxlm.runs import Run, read_metrics
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, run_identity
-
-_FAILED_FILE = "failed.json"
 
 
 @dataclass(frozen=True)
@@ -63,28 +63,37 @@ def train_arm(
 ) -> Outcome:
     """Chooses the arm's learning rate, if there is a choice, and trains it with every seed."""
     rates: list[Rate] = []
-    training = at_rate(arm.training, factors[0])
+    factor = factors[0]
     try:
         if len(factors) > 1:
             table.stage(arm.spec.name, f"{len(factors)} learning rates")
-            rates = _try_rates(arm, folder / "rates", fingerprint, factors, rate_share, most_together, table)
+            rates = _try_rates(arm, folder / "grid", fingerprint, factors, rate_share, most_together, table)
             best = min(rates, key=lambda rate: math.inf if math.isnan(rate.bits_per_byte) else rate.bits_per_byte)
             if math.isnan(best.bits_per_byte):
                 return Outcome(None, rates, [], "Every learning rate of the grid diverged; choose lower ones.")
-            training = at_rate(arm.training, best.factor)
+            factor = best.factor
         table.stage(arm.spec.name, f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed")
+        training = at_rate(arm.training, factor)
         configs = [replace(training, seed=seed) for seed in seeds]
         runs = [
-            Run(folder / f"seed-{config.seed}", run_identity(fingerprint, arm.made.settings, arm.model, config))
+            Run(
+                seed_folder(folder, factor, config.seed),
+                run_identity(fingerprint, arm.made.settings, arm.model, config),
+            )
             for config in configs
         ]
         failures = train_runs(arm, arm.data, runs, configs, most_together, table.reporter(arm.spec.name))
     except jax.errors.JaxRuntimeError as error:
-        return Outcome(training, rates, [], f"The device failed: {str(error).splitlines()[0][:200]}")
+        return Outcome(None, rates, [], f"The device failed: {str(error).splitlines()[0][:200]}")
     for config, failure in zip(configs, failures, strict=True):
         if failure is not None:
             return Outcome(training, rates, [], f"Seed {config.seed}: {failure}")
     return Outcome(training, rates, [run.path for run in runs], None)
+
+
+def seed_folder(folder: Path, factor: float, seed: int) -> Path:
+    """Where the run of a seed is. Another learning rate is another run."""
+    return folder / f"rate-{factor:g}" / f"seed-{seed}"
 
 
 def at_rate(training: TrainConfig, factor: float) -> TrainConfig:
@@ -109,14 +118,7 @@ def _try_rates(
     most_together: int | None,
     table: LiveTable,
 ) -> list[Rate]:
-    short = with_updates(arm, max(1, round(share * arm.training.steps))).training
-    short = replace(short, eval_every=short.steps, sample_every=short.steps, checkpoint_every=short.steps)
-    configs = [at_rate(short, factor) for factor in factors]
-    settings = {**arm.made.settings, "part": "validation"}
-    runs = [
-        Run(folder / f"{factor:g}", run_identity(fingerprint, settings, arm.model, config))
-        for factor, config in zip(factors, configs, strict=True)
-    ]
+    runs, configs = grid_runs(arm, folder, fingerprint, factors, share)
     data = arm.data.for_validation()
     failures = train_runs(arm, data, runs, configs, most_together, table.reporter(arm.spec.name))
     return [
@@ -127,6 +129,27 @@ def _try_rates(
         )
         for factor, config, run, failure in zip(factors, configs, runs, failures, strict=True)
     ]
+
+
+def grid_runs(
+    arm: Arm, folder: Path, fingerprint: str, factors: Sequence[float], share: float
+) -> tuple[list[Run], list[TrainConfig]]:
+    """The short runs of an arm's grid, and their settings. Nothing is written.
+
+    Raises:
+      InputError: too few training documents, or other runs in the folder.
+    """
+    short = with_updates(arm, max(1, round(share * arm.training.steps))).training
+    short = replace(short, eval_every=short.steps, sample_every=short.steps, checkpoint_every=short.steps)
+    configs = [at_rate(short, factor) for factor in factors]
+    settings = {**arm.made.settings, "part": "validation"}
+    runs = [
+        Run(folder / f"{factor:g}", run_identity(fingerprint, settings, arm.model, config))
+        for factor, config in zip(factors, configs, strict=True)
+    ]
+    tokens = arm.data.for_validation().train
+    make_batches(tokens, context=arm.model.context, batch_size=short.batch_size, seed=short.seed)
+    return runs, configs
 
 
 def train_runs(
@@ -141,14 +164,17 @@ def train_runs(
 
     A run that failed once fails again, and is not tried again.
     """
-    failures: list[str | None] = [None] * len(runs)
-    left = []
-    for index, (run, config) in enumerate(zip(runs, configs, strict=True)):
-        if (run.path / _FAILED_FILE).exists():
-            failures[index] = read_json(run.path / _FAILED_FILE)["reason"]
-        elif not is_finished(run, config):
-            left.append(index)
-    groups = in_groups(left, jax.device_count(), most_together)
+    failures = [run.failure for run in runs]
+    left = [
+        index
+        for index, (run, config) in enumerate(zip(runs, configs, strict=True))
+        if failures[index] is None and not is_finished(run, config)
+    ]
+    groups = [
+        group
+        for same in by_progress(left, [saved_steps(run.path / "checkpoints") for run in runs])
+        for group in in_groups(same, jax.device_count(), most_together)
+    ]
     while groups:
         group = groups.pop(0)
         chosen = [runs[index] for index in group]
@@ -161,13 +187,33 @@ def train_runs(
             # Too much for the memory at once: half as many, twice.
             groups = in_groups(group, jax.device_count(), len(group) // 2) + groups
             continue
+        except RunFailed as failure:  # nothing was trained
+            for index in group:
+                failures[index] = str(failure)
+            continue
         for index, run, config, result in zip(group, chosen, own, results, strict=True):
-            if isinstance(result, RunFailed):
-                failures[index] = str(result)
-                write_json(run.path / _FAILED_FILE, {"reason": str(result)})
-            else:
+            try:
+                if isinstance(result, RunFailed):
+                    raise result
                 evaluate_run(run, arm.tokenizer, data, arm.model, config, result)
+            except RunFailed as failure:
+                failures[index] = str(failure)
     return failures
+
+
+def by_progress(items: Sequence[int], steps: Sequence[set[int]]) -> list[list[int]]:
+    """Items that can go on together without repeating more than what came after a save that was cut off.
+
+    Those that have the newest step of the one that is the least far belong together.
+    """
+    groups: list[list[int]] = []
+    left = sorted(items, key=lambda item: (max(steps[item], default=0), item))
+    while left:
+        newest = max(steps[left[0]], default=0)
+        same = [item for item in left if newest in steps[item] or (newest == 0 and not steps[item])]
+        groups.append(sorted(same))
+        left = [item for item in left if item not in same]
+    return groups
 
 
 def in_groups(items: Sequence[int], devices: int, most: int | None) -> list[list[int]]:
@@ -188,5 +234,5 @@ def check_factors(factors: Sequence[float]) -> None:
     """Raises InputError unless they are positive, finite, and each is there once."""
     if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):
         raise InputError("The factors of the learning rate are positive numbers, at least one.")
-    if len(set(factors)) < len(factors):
+    if len({f"{factor:g}" for factor in factors}) < len(factors):
         raise InputError("A factor of the learning rate stands twice; name each once.")

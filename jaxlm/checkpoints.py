@@ -50,9 +50,9 @@ class Checkpoints:
         self._broken = self._directory.with_name("broken_checkpoints")
         self._notices: list[str] = []
         # Orbax reads the records of all checkpoints when it is opened, and ends if it can't.
-        for folder in self._directory.glob("[0-9]*") if self._directory.is_dir() else ():
-            if folder.name.isdigit() and not _has_record(folder):
-                self._set_aside(int(folder.name), "its record is damaged")
+        for step in sorted(saved_steps(self._directory)):
+            if not _has_record(self._directory / str(step)):
+                self._set_aside(step, "its record is damaged")
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -139,6 +139,12 @@ class Checkpoints:
         place = next(self._broken / name for name in names if not (self._broken / name).exists())
         (self._directory / str(step)).rename(place)
         self._notices.append(f"The checkpoint of step {step} is broken ({reason}); it is kept in {place}.")
+
+
+def saved_steps(directory: str | os.PathLike[str]) -> set[int]:
+    """The steps that have a checkpoint in a directory, intact or not, without opening any."""
+    folders = Path(directory).iterdir() if Path(directory).is_dir() else ()
+    return {int(folder.name) for folder in folders if folder.name.isdigit()}
 
 
 def _has_record(folder: Path) -> bool:

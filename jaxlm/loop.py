@@ -122,11 +122,11 @@ def train_together(
                 stop = signals.received
                 for index, loop in enumerate(loops):
                     loop.after_step(partial(_part, state, index, count, everywhere), metrics, stop=stop)
-                if stop:
+                if stop or all(loop.failure for loop in loops):
                     break
             # The last step is saved however it came to be the last.
-            if signals.received:
-                raise RunInterrupted(f"Interrupted after step {loops[0].step}, which is saved.")
+            if signals.received and not all(loop.failure for loop in loops):
+                raise RunInterrupted(f"Interrupted after step {max(loop.step for loop in loops)}, which is saved.")
         return [loop.failure or _part(state, index, count, everywhere) for index, loop in enumerate(loops)]
     finally:
         reporter.end()
@@ -217,6 +217,7 @@ class _Loop:
     def resume(self, step: int, sharding: jax.sharding.Sharding) -> TrainState:
         """The state after `step` steps, and the logs as they were then."""
         if not step:
+            self.checkpoints.forget_after(0)
             self.run.rewind({}, 0)
             return jax.device_put(init_state(self.model, self.config), sharding)
         shapes = jax.eval_shape(partial(init_state, self.model, self.config))
@@ -242,9 +243,8 @@ class _Loop:
         try:
             self._after_step(get_state, metrics, stop=stop)
         except RunFailed as failure:
-            if self.count == 1:
-                raise
             self.failure = failure
+            self.run.fail(str(failure))
 
     def _after_step(self, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
         config = self.config
@@ -266,7 +266,8 @@ class _Loop:
         best = evaluation is not None and evaluation.bits_per_byte < self.best
         if evaluation is not None and best:
             self.best = evaluation.bits_per_byte
-        if checkpoint_due or best:
+        # Runs that train together save together, so that all can go on from a step that all have.
+        if checkpoint_due or (best and self.count == 1):
             record = {
                 "step": self.step,
                 "seconds": self.seconds,
@@ -396,10 +397,25 @@ def evaluate_run(
 
     The nats of each document are kept beside them, for runs to be compared document by document.
     """
-    if is_finished(run, config):
-        return
     assert tokenizer.end_of_text_id is not None
-    evaluation = evaluate(state.params, model, data.held_out, tokenizer.end_of_text_id)
+    with run.locked():
+        if is_finished(run, config):
+            return
+        evaluation = evaluate(state.params, model, data.held_out, tokenizer.end_of_text_id)
+        if not math.isfinite(evaluation.bits_per_byte):
+            raise RunFailed(f"The trained model of {run.path} scores {evaluation.bits_per_byte} bits per byte.")
+        _log_final(run, tokenizer, data, model, config, state, evaluation)
+
+
+def _log_final(
+    run: Run,
+    tokenizer: Tokenizer,
+    data: TokenizedCorpus,
+    model: ModelConfig,
+    config: TrainConfig,
+    state: TrainState,
+    evaluation: Evaluation,
+) -> None:
     save_array(run.path / NATS_FILE, evaluation.document_nats)
     tokens = config.steps * config.batch_size * model.context
     values = {

@@ -7,6 +7,7 @@ Rerunning the same command continues a run; a command with another identity is r
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -26,6 +27,7 @@ from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
 
 CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jsonl", "samples.txt", "lock"
 NATS_FILE = "final_nats.npy"  # of each held-out document, float64
+FAILED_FILE = "failed.json"
 _FORMAT = 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
@@ -101,6 +103,24 @@ class Run:
             if path.exists():
                 os.truncate(path, min(path.stat().st_size, log_sizes.get(name, 0)))
         self._board = tensorboardX.SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def fail(self, reason: str) -> None:
+        """Notes that the run can't be trained to its end, and why."""
+        write_json(self.path / FAILED_FILE, {"reason": reason})
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run can't be trained to its end, as noted before; None if it wasn't."""
+        return read_json(self.path / FAILED_FILE)["reason"] if (self.path / FAILED_FILE).exists() else None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out. Raises InputError if another one is in."""
+        self._take_lock()
+        try:
+            yield
+        finally:
+            self.close()
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes of each log, to be kept with a checkpoint."""
@@ -200,9 +220,11 @@ def _append(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON, whole or not at all."""
+    """Writes JSON, whole or not at all. Half a surrogate pair, as from a path that isn't UTF-8, is escaped."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary.write_bytes(text.encode(errors="backslashreplace"))
     temporary.replace(path)
 
 

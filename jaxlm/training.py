@@ -1,4 +1,4 @@
-"""Training: the state, one jitted step, and the loop around it.
+"""Training: its settings, the state, and one jitted step.
 
 Shapes: B batch, T = context, V vocabulary.
 """
@@ -29,14 +29,6 @@ from jaxlm.runs import read_config
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
 
 Metrics = dict[str, jax.Array]
-
-
-class RunFailed(RuntimeError):
-    """The run can't go on. The message is one sentence: what happened, and what is left."""
-
-
-class RunInterrupted(Exception):
-    """A signal stopped the run after it was saved."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ The ratio is that of their times, the median of the rounds, with the least and t
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ SHAPES = ((8, 256), (32, 128), (64, 256))  # batch, context
 
 
 def main(config: Config) -> None:
-    use_cores(config.seeds)
+    use_cores(math.gcd(config.seeds, 8))
     rows = []
     for batch_size, context in SHAPES:
         model = replace(ModelConfig(98, dropout=0.0) if config.model == "seed" else MODERN_MODEL, context=context)

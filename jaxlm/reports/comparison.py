@@ -49,7 +49,8 @@ class ArmRecord:
       tokenizer, seconds_to_train: and how long its training took, NaN if it was there already.
       parameters, embedding_parameters, context, batch_size, updates, flops_per_token, bytes_per_token: of its model and
         training; bytes per token of the training text, end-of-text counted as a token.
-      learning_rate, grid: what was chosen from what: factor, rate, bits per byte of each.
+      learning_rate, muon_learning_rate: of AdamW, and of Muon if it had the matrices; grid: what they were chosen
+        from, the factor, AdamW's rate and the bits per byte of each.
       runs: the run directory of each seed; empty if it failed.
       reason: why it failed; None if it didn't.
     """
@@ -67,6 +68,7 @@ class ArmRecord:
     flops_per_token: int
     bytes_per_token: float
     learning_rate: float
+    muon_learning_rate: float | None
     grid: Sequence[tuple[float, float, float]]
     runs: Mapping[int, Path]
     reason: str | None
@@ -165,6 +167,7 @@ def _done(arm: ArmRecord, score: Estimate, held_out: HeldOut) -> dict[str, Any]:
         "flops": float(tokens * arm.flops_per_token),
         "seconds": float(np.mean([final["seconds"] for final in finals])),
         "learning_rate": arm.learning_rate,
+        "muon_learning_rate": arm.muon_learning_rate,
         "loss": float(np.mean([final["final/loss"] for final in finals])),
         "bits_per_byte": score.value,
         "low": score.low,
@@ -210,6 +213,8 @@ def _evaluations(arm: ArmRecord) -> list[dict[str, Any]]:
 def _difference(a: str, b: str, found: Estimate, seeds: tuple[int, int]) -> dict[str, Any]:
     if found.se_seeds is None:
         verdict = "one seed: not judged"
+    elif found.se_documents is None:
+        verdict = "one document: not judged"
     elif not found.excludes_zero:
         verdict = "no difference shown"
     else:

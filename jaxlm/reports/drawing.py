@@ -144,12 +144,13 @@ def draw_curves(
 
 def draw_sizes(results: Results, legend: bool) -> Figure:
     figure, axis = _figure(3.4)
-    families: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    families: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for arm in done_arms(results):
-        families[arm["family"]].append(arm)
+        families[arm["family"], arm["size"]].append(arm)
+    several = len({size for _, size in families}) > 1
     points, names, avoided = [], [], _interval_ends(done_arms(results), lambda arm: arm["vocab_size"])
     styles = arm_styles(results)
-    for family, arms in families.items():
+    for (family, model), arms in families.items():
         arms.sort(key=lambda arm: arm["vocab_size"])
         x, y = [arm["vocab_size"] for arm in arms], [arm["bits_per_byte"] for arm in arms]
         colours = {styles[arm["name"]].colour for arm in arms}
@@ -159,7 +160,7 @@ def draw_sizes(results: Results, legend: bool) -> Figure:
         for left, right in itertools.pairwise(zip(np.log(x), y, strict=True)):
             avoided += [(math.exp(left[0] * (1 - t) + right[0] * t), left[1] * (1 - t) + right[1] * t) for t in along]
         points.append((x[-1], y[-1]))
-        names.append(short(family))
+        names.append(short(f"{family} {model}" if several else family))
     axis.set_xscale("log")
     sizes = sorted({arm["vocab_size"] for arm in done_arms(results)})
     gap = math.log(sizes[-1] / sizes[0]) / 7

@@ -114,7 +114,7 @@ def score_table(results: Mapping[str, Any]) -> PageTable:
             count(arm["tokens"]),
             size(arm["bytes"]),
             power(arm["flops"]),
-            power(arm["learning_rate"]),
+            power(arm["learning_rate"]) + (f", Muon {power(muon)}" if (muon := arm.get("muon_learning_rate")) else ""),
             f"{arm['tokens'] / arm['seconds']:,.0f}" if arm["seconds"] > 0 else NONE,
             f"{arm['seconds']:,.0f}",
             f"{len(arm['by_seed'])}",
@@ -126,19 +126,18 @@ def score_table(results: Mapping[str, Any]) -> PageTable:
 
 def grid_table(results: Mapping[str, Any]) -> PageTable | None:
     """Bits per byte for each factor of the learning rate, the chosen one bold; None if nothing was tried."""
-    arms = [arm for arm in done_arms(results) if arm["grid"]]
+    arms = [arm for arm in results["arms"] if arm["grid"]]
     factors = sorted({entry["factor"] for arm in arms for entry in arm["grid"]})
     if not factors:
         return None
     rows = []
     for arm in arms:
         entries = {entry["factor"]: entry for entry in arm["grid"]}
-        chosen = next((f for f, entry in entries.items() if entry["learning_rate"] == arm["learning_rate"]), None)
+        rate = arm.get("learning_rate")  # of an arm that was trained
+        chosen = next((factor for factor, entry in entries.items() if entry["learning_rate"] == rate), None)
         cells = [_grid_cell(entries.get(factor), factor == chosen) for factor in factors]
-        at_edge = chosen in (min(entries), max(entries)) and len(entries) > 1
-        rows.append(
-            [arm["name"], *cells, power(arm["learning_rate"]), "at the edge of the grid" if at_edge else "inside"]
-        )
+        place = "at the edge of the grid" if chosen in (min(entries), max(entries)) else "inside"
+        rows.append([arm["name"], *cells, *((NONE, NONE) if chosen is None else (power(rate), place))])
     return PageTable(["Arm", *(f"× {factor:g}" for factor in factors), "Chosen rate", "Place"], rows)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxlm.reports.quantities import count, digits, power
+from jaxlm.reports.quantities import size as bytes_in_words
+
 
 def answer(
     arms: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]
@@ -14,7 +17,7 @@ def answer(
         return "No arm was trained to its end. There is nothing to compare yet."
     if len(arms) == 1:
         only = arms[0]
-        return f"{only['name']} scores {only['bits_per_byte']:.3f} bits per byte. There is no other arm beside it."
+        return f"{only['name']} scores {only['bits_per_byte']:.3f} bits per byte. No other arm was trained to its end."
     first = arms[0]
     best = min(arms, key=lambda arm: arm["bits_per_byte"])
     other = min(arms[1:], key=lambda arm: arm["bits_per_byte"]) if best is first else first
@@ -26,9 +29,9 @@ def answer(
         opening += f"{scores}, {_less(found)}."
     else:
         opening = f"{after} no difference between {best['name']} and {other['name']} is shown: {scores}, {_less(found)}"
-        opening += "." if found["verdict"] == "no difference shown" else ", and one seed says nothing about chance."
+        opening += "." if found["verdict"] == "no difference shown" else f", and {_WHY[found['verdict']]}."
     by_loss = min(arms, key=lambda arm: arm["loss"])
-    if by_loss is not best and by_loss["bytes_per_token"] < best["bytes_per_token"]:
+    if f"{by_loss['loss']:.3f}" < f"{best['loss']:.3f}" and by_loss["bytes_per_token"] < best["bytes_per_token"]:
         second = (
             f"Loss per token would have put {by_loss['name']} first ({by_loss['loss']:.3f} nats against "
             f"{best['loss']:.3f}), since its tokens hold less text: {by_loss['bytes_per_token']:.2f} bytes against "
@@ -72,24 +75,29 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_WHY = {
+    "one seed: not judged": "one seed says nothing about the chance of training",
+    "one document: not judged": "one held-out document says little about others",
+}
 
 
 def budget_in_words(budget: Mapping[str, Any]) -> str:
     """As "16.8 MB of source text"."""
     size = float(budget["size"])
     if budget["unit"] == "seconds":
-        return f"{size:,.0f} seconds of training"
-    factor, prefix = next((entry for entry in _PREFIXES if size >= entry[0]), (1.0, ""))
-    names = {"bytes": "B of source text", "tokens": " tokens", "flops": "FLOP of training"}
-    return f"{size / factor:.3g} {prefix}{names[budget['unit']]}"
+        return f"{digits(size)} {'second' if size == 1 else 'seconds'} of training"
+    if budget["unit"] == "bytes":
+        return f"{bytes_in_words(size)} of source text"
+    return f"{count(size)} tokens" if budget["unit"] == "tokens" else f"{power(size)} FLOPs of training"
 
 
 def claims(arms: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The three conclusions of the notebooks that this began with, looked at with these numbers."""
     if len(arms) < 2:
         return []
-    first, others = arms[0], arms[1:]
+    first = arms[0]
+    # Models of one size, if there are: what another size does is no matter of the tokenizer.
+    others = [arm for arm in arms[1:] if arm["size"] == first["size"]] or arms[1:]
     largest = max(others, key=lambda arm: arm["vocab_size"])
     found = between(largest["name"], first["name"], differences)
     growth = largest["parameters"] / first["parameters"] - 1
@@ -98,15 +106,20 @@ def claims(arms: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str,
     judged = {
         "a lower": f"That is an improvement: {largest['name']} needs fewer bits for the same text",
         "b lower": f"That is worse, not better: {largest['name']} needs more bits for the same text",
-    }.get(found["verdict"], "So no difference is shown")
+        "no difference shown": "So no difference is shown",
+    }.get(found["verdict"]) or f"That is no verdict: {_WHY[found['verdict']]}"
+    units = "are in different units" if abs(times - 1) > 1e-3 else "are in one unit here"
+    grown = (
+        f"From {first['vocab_size']:,} to {largest['vocab_size']:,} ids it goes from {first['parameters']:,} to "
+        f"{largest['parameters']:,} parameters ({growth:+.1%}); embedding and head hold {shares[0]:.1%} of the first "
+        f"model and {shares[1]:.1%} of the second."
+    )
+    if first["vocab_size"] == largest["vocab_size"]:
+        grown = f"All arms have {first['vocab_size']:,} ids here, so the vocabulary makes none larger."
     return [
         {
             "claim": "The model grows with the vocabulary.",
-            "finding": (
-                f"From {first['vocab_size']:,} to {largest['vocab_size']:,} ids it goes from {first['parameters']:,} "
-                f"to {largest['parameters']:,} parameters ({growth:+.1%}); embedding and head hold {shares[0]:.1%} "
-                f"of the first model and {shares[1]:.1%} of the second."
-            ),
+            "finding": grown,
             "columns": ["arm", "ids", "parameters", "in embedding and head", "share"],
             "rows": [
                 [
@@ -142,7 +155,7 @@ def claims(arms: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str,
         {
             "claim": "There is no significant improvement in quality.",
             "finding": (
-                f"The losses, {first['loss']:.3f} and {largest['loss']:.3f} nats per token, are in different units. "
+                f"The losses, {first['loss']:.3f} and {largest['loss']:.3f} nats per token, {units}. "
                 f"In bits per byte {first['name']} scores {first['bits_per_byte']:.3f} and {largest['name']} "
                 f"{largest['bits_per_byte']:.3f}, {_less(found)}. {judged}."
             ),

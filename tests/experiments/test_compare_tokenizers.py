@@ -65,7 +65,7 @@ def test_a_comparison_from_its_flags_to_its_report(tmp_path: Path, capsys: pytes
         best = min(scored, key=lambda factor: scored[factor])
         assert arm["learning_rate"] == pytest.approx(best * 0.02)
         for seed in (0, 1):
-            final = read_metrics(tmp_path / arm["name"] / f"seed-{seed}")[-1]
+            final = read_metrics(tmp_path / "arms" / arm["name"] / f"rate-{best:g}" / f"seed-{seed}")[-1]
             assert final["final/bits_per_byte"] == arm["by_seed"][seed]
             assert final["step"] == arm["updates"]
         assert arm["bits_per_byte"] == pytest.approx(np.mean(arm["by_seed"]))
@@ -96,7 +96,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     calls: list[str] = []
 
     def killed(runs: Sequence, *arguments: object) -> list:
-        calls.append(str(runs[0].path.relative_to(tmp_path / "broken")))
+        calls.append(str(runs[0].path.relative_to(tmp_path / "broken" / "arms")))
         if len(calls) == 4:
             raise Killed
         return train_together(runs, *arguments)  # type: ignore[arg-type]
@@ -104,10 +104,12 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sweep, "train_together", killed)
     with pytest.raises(Killed):
         compare(tmp_path / "broken", *flags)
-    assert calls == ["char-60/rates/0.5", "char-60/seed-0", "bpe-300/rates/0.5", "bpe-300/seed-0"]
+    assert [call.replace("-4", "-0.5") for call in calls] == [
+        "char-60/grid/0.5", "char-60/rate-0.5/seed-0", "bpe-300/grid/0.5", "bpe-300/rate-0.5/seed-0",
+    ]  # fmt: skip
     assert not (tmp_path / "broken" / "results.json").exists()
     compare(tmp_path / "broken", *flags)
-    assert calls[4:] == ["bpe-300/seed-0"], "finished arms and rates are not trained again"
+    assert calls[4:] == [calls[3]], "finished arms and rates are not trained again"
     scores = [
         [arm["by_seed"] for arm in json.loads((tmp_path / name / "results.json").read_bytes())["arms"]]
         for name in ("straight", "broken")
@@ -123,8 +125,11 @@ def test_a_failed_arm_is_shown_with_its_reason_and_does_not_stop_the_others(
 
     def diverging(runs: Sequence, *arguments: object) -> list:
         states = train_together(runs, *arguments)  # type: ignore[arg-type]
-        return [RunFailed("The run diverged at step 7.") if run.path.name == "seed-1" and "char" in str(run.path)
-                else state for run, state in zip(runs, states, strict=True)]  # fmt: skip
+        for index, run in enumerate(runs):
+            if run.path.name == "seed-1" and "char" in str(run.path):
+                run.fail("The run diverged at step 7.")
+                states[index] = RunFailed("The run diverged at step 7.")
+        return states
 
     monkeypatch.setattr(sweep, "train_together", diverging)
     for _ in range(2):
@@ -135,6 +140,21 @@ def test_a_failed_arm_is_shown_with_its_reason_and_does_not_stop_the_others(
         assert results["arms"][0]["reason"] == "Seed 1: The run diverged at step 7."
         assert "The run diverged at step 7." in (tmp_path / "report.html").read_text(encoding="utf-8")
         monkeypatch.setattr(sweep, "train_together", lambda *_: pytest.fail("a failed run is not tried again"))
+
+
+@pytest.mark.parametrize("together", ["1", "2"])
+def test_a_rate_that_diverges_leaves_the_others_to_choose_from(tmp_path: Path, together: str) -> None:
+    flags = f"--tokenizers char --characters 60 --rate-factors 1 1e30 --seeds 1 --together {together}".split()
+    compare(tmp_path, *flags)
+    (arm,) = json.loads((tmp_path / "results.json").read_bytes())["arms"]
+    assert [entry["bits_per_byte"] is None for entry in arm["grid"]] == [False, True]
+    assert (
+        "diverged"
+        in json.loads((tmp_path / "arms" / "char-60" / "grid" / "1e+30" / "failed.json").read_text())["reason"]
+    )
+    before = everything(tmp_path)
+    compare(tmp_path, *flags)
+    assert everything(tmp_path) == before
 
 
 def test_when_every_rate_diverges_the_arm_has_failed(tmp_path: Path) -> None:
@@ -219,10 +239,23 @@ def test_parameters_are_matched_by_the_nearest_width() -> None:
         assert matched.model.feed_forward_width == 2 * nearest
 
 
+def test_those_that_saved_unequally_go_on_in_groups_that_repeat_little() -> None:
+    def groups(*steps: set[int]) -> list[list[int]]:
+        return sweep.by_progress(range(len(steps)), steps)
+
+    assert groups(set(), set(), set()) == [[0, 1, 2]]
+    assert groups({5, 10}, {10, 15}, {5, 10}) == [[0, 1, 2]], "a kill between two saves"
+    assert groups({400, 500}, set(), {500}, {5}) == [[1], [3], [0, 2]]
+    assert groups({75}, set()) == [[1], [0]]
+
+
 def test_names_of_arms(tmp_path: Path) -> None:
     own = tmp_path / "mine"
     BPETokenizer.train(["le chat"], 260).save(own)
     found = specs(["bytes", "char", "bpe-gpt2", str(own)], [300, 500], 98, [(2, 128), (4, 64)])
+    own.rename(tmp_path / "run")
+    BPETokenizer.train(["le chat"], 260).save(tmp_path / "run" / "tokenizer")
+    assert specs([str(tmp_path / "run" / "tokenizer")], [], 98, [(2, 128)])[0].name == "run"
     assert [spec.name for spec in found if spec.size == (4, 64)] == [
         "bytes-4x64", "char-98-4x64", "bpe-gpt2-300-4x64", "bpe-gpt2-500-4x64", "mine-4x64",
     ]  # fmt: skip
@@ -245,7 +278,8 @@ def test_groups_fill_the_devices_or_are_single(count: int, devices: int, most: i
 def test_a_budget_in_seconds_is_measured_once(tmp_path: Path) -> None:
     flags = "--tokenizers char --characters 60 --budget seconds --budget-size 0.2 --rate-factors 1 --seeds 1".split()
     compare(tmp_path, *flags)
-    steps = json.loads((tmp_path / "char-60" / "steps.json").read_bytes())["steps"]
+    kept = tmp_path / "arms" / "char-60" / "updates-in-0.2-seconds.json"
+    steps = json.loads(kept.read_bytes())["updates"]
     compare(tmp_path, *flags)
     (arm,) = json.loads((tmp_path / "results.json").read_bytes())["arms"]
     assert arm["updates"] == steps

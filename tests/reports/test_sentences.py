@@ -16,7 +16,7 @@ def arm(name: str, score: float, loss: float, bytes_per_token: float, vocab_size
     return {
         "name": name, "bits_per_byte": score, "loss": loss, "bytes_per_token": bytes_per_token,
         "vocab_size": vocab_size, "parameters": 400_000 + 257 * vocab_size, "embedding_parameters": 257 * vocab_size,
-        "context": 256, "context_bytes": 256 * bytes_per_token, "updates": 1_000,
+        "size": "2x128", "context": 256, "context_bytes": 256 * bytes_per_token, "updates": 1_000,
     }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_a_difference_that_is_not_shown_is_not_called_one() -> None:
     assert "better" not in text
     one = answer([CHAR, BPE], differences([CHAR, BPE], 0.01, seeds=1), BUDGET)
     assert "no difference between bpe and char is shown" in one
-    assert "documents alone), and one seed says nothing about chance." in one
+    assert "documents alone), and one seed says nothing about the chance of training." in one
 
 
 def test_the_first_arm_can_be_the_best_and_losses_can_agree() -> None:
@@ -75,7 +75,7 @@ def test_a_larger_token_with_a_lower_loss_is_not_said_to_hold_less_text() -> Non
 
 def test_nothing_and_one_arm() -> None:
     assert "nothing to compare" in answer([], [], BUDGET)
-    assert "no other arm" in answer([CHAR], [], BUDGET)
+    assert "No other arm was trained to its end" in answer([CHAR], [], BUDGET)
     assert claims([CHAR], []) == []
 
 
@@ -92,9 +92,13 @@ def test_between_turns_a_difference_round() -> None:
     [
         ("bytes", 16_800_000, "16.8 MB of source text"),
         ("bytes", 950, "950 B of source text"),
+        ("bytes", 999_700, "1,000 kB of source text"),
         ("tokens", 2_000_000, "2 M tokens"),
-        ("flops", 3.2e15, "3.2 PFLOP of training"),
+        ("tokens", 500, "500 tokens"),
+        ("flops", 3.2e15, "3.20 × 10¹⁵ FLOPs of training"),
         ("seconds", 90, "90 seconds of training"),
+        ("seconds", 1, "1 second of training"),
+        ("seconds", 0.2, "0.2 seconds of training"),
     ],
 )
 def test_budgets_in_words(unit: str, size: float, words: str) -> None:
@@ -113,3 +117,15 @@ def test_the_claims_hold_the_numbers() -> None:
     worse = arm("bpe", 2.9, 3.2, 2.05, 500)
     assert "That is worse" in claims([CHAR, worse], differences([CHAR, worse], 0.05))[2]["finding"]
     assert "no difference is shown" in claims([CHAR, worse], differences([CHAR, worse], 0.5))[2]["finding"]
+
+
+def test_claims_compare_models_of_one_size_and_say_what_cannot_be_said() -> None:
+    wide = {**arm("bpe-4x256", 2.0, 3.0, 2.05, 500), "size": "4x256"}
+    arms = [CHAR, wide, BPE]
+    assert "bpe 2.300" in claims(arms, differences(arms, 0.05))[2]["finding"]
+    same = {**wide, "vocab_size": 98, "bytes_per_token": 1.03}
+    grown, _, quality = claims([CHAR, same], differences([CHAR, same], 0.05))
+    assert grown["finding"] == "All arms have 98 ids here, so the vocabulary makes none larger."
+    assert "are in one unit here" in quality["finding"]
+    one = claims([CHAR, BPE], differences([CHAR, BPE], 0.05, seeds=1))[2]["finding"]
+    assert one.endswith("That is no verdict: one seed says nothing about the chance of training.")

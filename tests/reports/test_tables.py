@@ -27,14 +27,23 @@ def test_parameters_add_up() -> None:
 def test_a_comparison_has_a_row_an_arm() -> None:
     done = {
         "name": "char[98]", "status": "done", "vocab_size": 98, "parameters": 453_986, "bytes_per_token": 1.0273,
-        "updates": 600, "learning_rate": 3e-4, "loss": 1.5, "bits_per_byte": 2.1234, "low": 2.1, "high": 2.15,
+        "updates": 600, "learning_rate": 3e-4,
+        "muon_learning_rate": None, "loss": 1.5, "bits_per_byte": 2.1234, "low": 2.1, "high": 2.15,
         "tokens": 1_000_000, "seconds": 50.0,
     }  # fmt: skip
-    alone = {**done, "name": "bpe", "low": None, "high": None, "bits_per_byte": 2.5}
+    alone = {
+        **done,
+        "name": "bpe",
+        "muon_learning_rate": 0.014,
+        "seconds": 0.0,
+        "low": None,
+        "high": None,
+        "bits_per_byte": 2.5,
+    }
     failed = {"name": "bytes", "status": "failed", "vocab_size": 257}
     text = rendered(arms_table({"budget": {"unit": "bytes"}, "arms": [done, alone, failed]}))
     assert "equal bytes" in text
-    for shown in ("char[98]", "453,986", "0.0003", "2.1234 ± 0.0250", "20,000", "2.5000  ", "failed"):
+    for shown in ("char[98]", "453,986", "0.0003", "2.1234 ± 0.0250", "20,000", "2.5000  ", "0.014 (Muon)", "failed"):
         assert shown in text
     assert "failed" in rendered(arms_table({"budget": {"unit": "bytes"}, "arms": [failed]}))
 
