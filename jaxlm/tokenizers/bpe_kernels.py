@@ -92,7 +92,7 @@ if COMPILED:
 TEXT_END = 0xFF  # closes a text or a chunk; UTF-8 contains no such byte
 _U = np.uint64
 _ALL = _U(0xFFFFFFFFFFFFFFFF)
-_BYTE_MASK = _U(0xFF)
+BYTE_MASK = _U(0xFF)
 
 
 @kernel
@@ -109,7 +109,7 @@ def store8(buffer, i, word):
     """The inverse of `load8`."""
     j = _U(i)
     for k in range(8):
-        buffer[j + _U(k)] = np.uint8(word >> _U(8 * k) & _BYTE_MASK)
+        buffer[j + _U(k)] = np.uint8(word >> _U(8 * k) & BYTE_MASK)
 
 
 # ---- a hash table of chunks: open addressing, one row a slot
@@ -122,7 +122,7 @@ FIRST, SECOND, VALUE, PLACE = range(4)
 LONG = 17
 _FIRST_MASKS = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(LONG + 1)], np.uint64)
 _SECOND_MASKS = np.array([(1 << 8 * min(max(length - 8, 0), 8)) - 1 for length in range(LONG + 1)], np.uint64)
-_LENGTH_SHIFT = _U(56)
+LENGTH_SHIFT = _U(56)
 _PLACE_MASK = _U((1 << 56) - 1)
 _FACTOR_1, _FACTOR_2 = _U(0x9E3779B97F4A7C15), _U(0xD6E8FEB86659FD93)
 
@@ -138,7 +138,7 @@ def chunk_key(buffer, start, length):
     short = min(length, LONG)
     first = load8(buffer, start) & _FIRST_MASKS[short]
     second = load8(buffer, start + 8) & _SECOND_MASKS[short]
-    code = (first ^ second * _FACTOR_2 ^ _U(short) << _LENGTH_SHIFT) * _FACTOR_1
+    code = (first ^ second * _FACTOR_2 ^ _U(short) << LENGTH_SHIFT) * _FACTOR_1
     code = (code ^ code >> _U(32)) * _FACTOR_2
     if length > 16:
         i = start + 16
@@ -161,7 +161,7 @@ def find_slot(table, arena, buffer, start, length, first, second, short, code):
         if (
             table[slot, FIRST] == first
             and table[slot, SECOND] == second
-            and place >> _LENGTH_SHIFT == _U(short)
+            and place >> LENGTH_SHIFT == _U(short)
             and (length < LONG or _same_rest(arena, np.int64(place & _PLACE_MASK), buffer, start, length))
         ):
             return slot, True
@@ -184,7 +184,7 @@ def enter_chunk(table, slot, arena, place, buffer, start, length, first, second,
     table[slot, FIRST] = first
     table[slot, SECOND] = second
     table[slot, VALUE] = value
-    table[slot, PLACE] = _U(short) << _LENGTH_SHIFT | _U(place)
+    table[slot, PLACE] = _U(short) << LENGTH_SHIFT | _U(place)
     for k in range(length):
         arena[place + k] = buffer[start + k]
     arena[place + length] = TEXT_END
