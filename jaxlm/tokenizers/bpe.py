@@ -12,7 +12,7 @@ import itertools
 import operator
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from numbers import Integral
@@ -76,26 +76,51 @@ class BPETokenizer(Tokenizer):
         self.split = split
         self.pattern = pattern
         self.merges = pairs_of_symbols(merges)
+        self._tokens = merged_tokens(self.merges)
         self.whole: dict[bytes, int] = {}
         for chunk, token_id in (whole or {}).items():
             if not isinstance(chunk, bytes) or not chunk or not isinstance(token_id, Integral):
                 raise InputError(f"A whole chunk is at least one byte and has an id, not {chunk!r} and {token_id!r}.")
             self.whole[chunk] = int(token_id)
-        tokens = merged_tokens(self.merges)
+        self._merges = np.array(self.merges, np.int32).reshape(-1, 2)
         try:
-            self.ids = list(range(len(tokens)) if ids is None else map(operator.index, ids))
+            self._ids = None if ids is None else list(map(operator.index, ids))
         except TypeError:
             raise InputError("The ids of the symbols are a sequence of whole numbers, one for each.") from None
         ordinary = [*self.ids, *self.whole.values()]
         taken = set(ordinary)
-        if len(self.ids) != len(tokens) or len(taken) != len(ordinary) or min(taken) < 0:
+        if len(self.ids) != len(self._tokens) or len(taken) != len(ordinary) or min(taken) < 0:
             raise InputError("Each byte, merge and whole chunk of a BPE vocabulary has one id of its own, at least 0.")
-        self.special_tokens = special_token_ids(special_tokens, 1 + max(taken), taken)
-        self._bytes_of = dict(zip(ordinary, [*tokens, *self.whole], strict=True))
-        self._bytes_of.update({token_id: name.encode() for name, token_id in self.special_tokens.items()})
-        self._vocab_size = 1 + max(self._bytes_of)
-        check_highest_id(self._vocab_size - 1)
+        self._set_special_tokens(special_tokens, max(taken), taken)
         self._workspaces: list[Workspace] = []
+
+    def _set_special_tokens(
+        self, special_tokens: Sequence[str] | Mapping[str, int], highest: int, taken: Container[int]
+    ) -> None:
+        self.special_tokens = special_token_ids(special_tokens, 1 + highest, taken)
+        self._vocab_size = 1 + max([highest, *self.special_tokens.values()])
+        check_highest_id(self._vocab_size - 1)
+
+    # What follows is made when it is first asked for, see `train`.
+
+    @cached_property
+    def merges(self) -> list[Pair]:
+        return list(zip(self._merges[:, 0].tolist(), self._merges[:, 1].tolist(), strict=True))
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return list(range(256 + len(self._merges))) if self._ids is None else self._ids
+
+    @cached_property
+    def _tokens(self) -> list[bytes]:
+        """The bytes of each symbol."""
+        return merged_tokens(self.merges)
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        """The bytes of each id."""
+        ordinary = zip([*self.ids, *self.whole.values()], [*self._tokens, *self.whole], strict=True)
+        return dict(ordinary) | {token_id: name.encode() for name, token_id in self.special_tokens.items()}
 
     @classmethod
     def train(
@@ -139,23 +164,25 @@ class BPETokenizer(Tokenizer):
         check_highest_id(max([vocab_size - 1, *special_ids.values()]))
         from jaxlm.tokenizers.bpe_merge import learn
 
-        check_split(split, pattern)
+        tokenizer = cls((), split=split, special_tokens=(), pattern=pattern)
         counts = _count_chunks(texts, split, pattern, _threads(num_threads))
-        merges: list[Pair] = []
         tokens = merged_tokens([])
-        for pairs, pair_counts in learn(counts, num_merges, rounds=_PROGRESS_ROUNDS if on_merge else 1):
-            done = len(merges)
-            merges += zip(pairs[done:, 0].tolist(), pairs[done:, 1].tolist(), strict=True)
+        for merges, merge_counts in learn(counts, num_merges, rounds=_PROGRESS_ROUNDS if on_merge else 1):
+            done = len(tokens) - 256
             if on_merge:
-                for (left, right), pair_count in zip(merges[done:], pair_counts[done:].tolist(), strict=True):
+                for (left, right), count in zip(merges[done:].tolist(), merge_counts[done:].tolist(), strict=True):
                     tokens.append(tokens[left] + tokens[right])
-                    on_merge(len(tokens) - 257, tokens[-1], pair_count)
+                    on_merge(len(tokens) - 257, tokens[-1], count)
         if len(merges) < num_merges:
             raise InputError(
                 f"The text gives a vocabulary of at most {256 + len(merges) + num_specials} ids, and {vocab_size} were "
                 "asked for; use more text or a smaller vocabulary."
             )
-        return cls(merges, split=split, special_tokens=special_tokens, pattern=pattern)
+        # The merges as they are: to check and to list them would take longer than learning the last of them.
+        del tokenizer.merges, tokenizer._tokens, tokenizer.ids
+        tokenizer._merges = merges
+        tokenizer._set_special_tokens(special_tokens, 255 + num_merges, range(256 + num_merges))
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -255,8 +282,7 @@ class BPETokenizer(Tokenizer):
     def _pairs(self) -> PairTable:
         from jaxlm.tokenizers.bpe_encode import PairTable
 
-        merges = np.array(self.merges, np.int32).reshape(-1, 2)
-        return PairTable(merges, np.array(self.ids, np.int32), self.whole)
+        return PairTable(self._merges, np.array(self.ids, np.int32), self.whole)
 
     # ---- decoding
 
@@ -398,7 +424,7 @@ class BPETokenizer(Tokenizer):
         write_huggingface(self, path)
 
     def _content(self) -> dict[str, Any]:
-        tokens = merged_tokens(self.merges)[256:]
+        tokens = self._tokens[256:]
         return {
             "split": self.split,
             "pattern": self.pattern,
@@ -423,7 +449,7 @@ class BPETokenizer(Tokenizer):
             ids=None if ids is None else [int(token_id) for token_id in ids.split(" ")],
             whole={bytes.fromhex(chunk): token_id for chunk, token_id in content["whole"].items()},
         )
-        for index, (token, line) in enumerate(zip(merged_tokens(tokenizer.merges)[256:], lines, strict=True)):
+        for index, (token, line) in enumerate(zip(tokenizer._tokens[256:], lines, strict=True)):
             if token.hex() != line[2]:
                 raise InputError(f"Merge {index} makes the bytes {token.hex()}, and the file says {line[2]}.")
         return tokenizer

@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba.core import config, event
+from llvmlite import ir
+from numba.core import cgutils, config, event, types
+from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -112,6 +114,25 @@ def store8(buffer, i, word):
         buffer[j + _U(k)] = np.uint8(word >> _U(8 * k) & BYTE_MASK)
 
 
+@intrinsic
+def _prefetch(context, array, index):
+    """Asks for the cache line of `array[index]`, which is needed soon, and doesn't wait for it."""
+
+    def generate(target, builder, signature, arguments):
+        items = target.make_array(signature.args[0])(target, builder, arguments[0])
+        place = cgutils.get_item_pointer(target, builder, signature.args[0], items, [arguments[1]])
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.bitcast(place, byte), flag(0), flag(3), flag(1)])
+        return target.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+prefetch = _prefetch if COMPILED else lambda array, index: None
+
+
 # ---- a hash table of chunks: open addressing, one row a slot
 #
 # A row fits into half a cache line: the first sixteen bytes of the chunk, which are all of it for nearly every chunk; a
@@ -203,6 +224,7 @@ def chunk_place(table, slot):
 # Symbols stand in one array, with -1 between and after chunks. A symbol that stands for n bytes keeps their n places:
 # its id stands in the first and in the last of them, so that both neighbours are found from the lengths of ids.
 
+AHEAD = 16  # places before one is come to, its cache line is asked for
 GONE = -2  # in a place where a symbol began that was merged into the one before it
 
 
@@ -217,6 +239,7 @@ def replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbo
     kept = begin
     for index in range(begin, end):
         place = places[index]
+        prefetch(symbols, places[min(index + AHEAD, end - 1)])
         middle = place + lengths[left]
         if symbols[place] == left and symbols[middle] == right:
             symbols[middle] = GONE

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import (
+    AHEAD,
     BYTE_MASK,
     FIRST,
     LENGTH_SHIFT,
@@ -29,6 +30,7 @@ from jaxlm.tokenizers.bpe_kernels import (
     VALUE,
     chunk_place,
     kernel,
+    prefetch,
     replace_pair,
 )
 
@@ -37,13 +39,13 @@ Array64 = npt.NDArray[np.int64]
 Array32 = npt.NDArray[np.int32]
 
 # Columns of the table of pairs: an upper bound of the count, left << 32 | right, where its list of places begins in the
-# array of all lists, how long it is, the next pair of the same bucket, and the true count of a pair of bytes, else -1.
-BOUND, PAIR, LIST, LENGTH, NEXT, COUNT = range(6)
+# array of all lists, how long it is, and the next pair of the same bucket.
+BOUND, PAIR, LIST, LENGTH, NEXT = range(5)
 # The counters of a training: pairs, places in all lists, pairs in the heap, bucket of the heap, merges.
 PAIRS, PLACES, HEAP, BUCKET, MERGES = range(5)
 # Buckets of counts: up to 1,023 one each, above 512 to an octave.
 _BUCKETS = 1024 + 54 * 512
-_RIGHT = (1 << 32) - 1
+_LOW = (1 << 32) - 1
 
 
 def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[tuple[Array32, Array64]]:
@@ -61,21 +63,21 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
         raise InputError("The text has more than 2 GiB of different chunks; use less of it, or a finer split.")
     num_merges = min(num_merges, size)  # each leaves a symbol less
     chunks = sorted_chunks(counts.table)
-    count_of = chunks[:, VALUE].astype(np.int64)
-    if count_of.size and count_of.min() == count_of.max():
-        count_of = count_of[:1]  # which chunk it is makes no difference, as where each text is one chunk
-    symbols, chunk_of = np.empty(size + 1, np.int32), np.empty(size + 1, np.int32)
-    lay_out(chunks, counts.arena, symbols, chunk_of, len(count_of) > 1)
+    # How often the chunk at each place occurs. Where all occur equally often, as where each text is one chunk, once.
+    least, most = (chunks[:, VALUE].min(), chunks[:, VALUE].max()) if len(chunks) else (0, 0)
+    amounts = np.empty(size if least < most else 1, np.int32 if most < 1 << 31 else np.int64)
+    symbols = np.empty(size + 1, np.int32)
+    lay_out(chunks, counts.arena, symbols, amounts)
     counts.clear()
     # No more than twice the places can be listed anew. What isn't written to takes no memory.
     places = np.empty(3 * size + 1, np.int32)
-    pairs = np.empty((1 << 17, 6), np.int64)
+    pairs = np.empty((1 << 17, 5), np.int64)
     heap = np.empty((len(pairs), 3), np.int64)
     buckets = np.full(_BUCKETS, -1, np.int64)
     state = np.zeros(5, np.int64)
     state[BUCKET] = _BUCKETS
-    byte_pairs = np.zeros((2, 1 << 16), np.int64)
-    list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, byte_pairs)
+    byte_counts, ends = np.zeros((2, 1 << 16), np.int64)  # of the pairs of bytes: how often they stand in the text
+    list_byte_pairs(symbols, amounts, places, pairs, buckets, state, byte_counts, ends)
 
     num_ids = 256 + num_merges
     lengths = np.ones(num_ids, np.int32)
@@ -86,19 +88,19 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     touched = np.empty(2 * num_ids, np.int64)
     for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
         while merge(
-            symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
-            neighbours, beside, touched, byte_pairs[0],
+            symbols, amounts, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
+            neighbours, beside, touched, byte_counts,
         ):  # fmt: skip
-            pairs, heap = _doubled(pairs), _doubled(heap)
+            pairs, heap = _enlarged(pairs), _enlarged(heap)
         done = int(state[MERGES])
         yield merges[:done], merge_counts[:done]
         if done < goal:
             return
 
 
-def _doubled(array: Array64) -> Array64:
-    """The same rows and as many new ones, which take no memory before they are written to."""
-    larger = np.empty((2 * len(array), array.shape[1]), array.dtype)
+def _enlarged(array: Array64) -> Array64:
+    """The same rows and three times as many new ones, which take no memory before they are written to."""
+    larger = np.empty((4 * len(array), array.shape[1]), array.dtype)
     larger[: len(array)] = array
     return larger
 
@@ -137,8 +139,9 @@ def take_rows(table, slots, rows):
 
 
 @kernel
-def lay_out(chunks, arena, symbols, chunk_of, numbered):
-    """Writes the bytes of chunks as symbols; if asked for, the number of the chunk of each."""
+def lay_out(chunks, arena, symbols, amounts):
+    """Writes the bytes of chunks as symbols, and how often the chunk of each occurs."""
+    amounts[0] = chunks[0, VALUE] if len(chunks) else 0
     at = 0
     for number in range(len(chunks)):
         length = np.int64(chunks[number, PLACE] >> LENGTH_SHIFT)
@@ -153,40 +156,38 @@ def lay_out(chunks, arena, symbols, chunk_of, numbered):
             while arena[place + length] != TEXT_END:
                 symbols[at + length] = arena[place + length]
                 length += 1
-        for k in range(length if numbered else 0):
-            chunk_of[at + k] = number
+        for k in range(length if len(amounts) > 1 else 0):
+            amounts[at + k] = chunks[number, VALUE]
         symbols[at + length] = -1
         at += length + 1
     symbols[at] = -1
 
 
 @kernel
-def list_byte_pairs(symbols, chunk_of, count_of, places, pairs, buckets, state, byte_pairs):
-    """Counts the pairs of bytes and lists their places; `byte_pairs[0]` becomes their rows among all pairs."""
+def list_byte_pairs(symbols, amounts, places, pairs, buckets, state, byte_counts, ends):
+    """Counts the pairs of bytes and lists their places."""
     for place in range(len(symbols) - 1):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
             pair = symbols[place] << 8 | symbols[place + 1]
-            byte_pairs[0, pair] += _amount(chunk_of, count_of, place)
-            byte_pairs[1, pair] += 1
+            byte_counts[pair] += _amount(amounts, place)
+            ends[pair] += 1
     for pair in range(1 << 16):
-        if byte_pairs[1, pair]:
-            key = np.int64(pair >> 8) << 32 | pair & 0xFF
-            _enter_pair(pairs, state, key, byte_pairs[0, pair], byte_pairs[1, pair])
+        if ends[pair]:
+            begin = state[PLACES]
+            _enter_pair(pairs, state, np.int64(pair >> 8) << 32 | pair & 0xFF, byte_counts[pair], ends[pair])
             _drop_into_bucket(pairs, buckets, state[PAIRS] - 1)
-            pairs[state[PAIRS] - 1, COUNT] = byte_pairs[0, pair]
-            byte_pairs[0, pair] = state[PAIRS] - 1
-            byte_pairs[1, pair] = pairs[state[PAIRS] - 1, LIST]
+            ends[pair] = begin
     for place in range(len(symbols) - 1):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
             pair = symbols[place] << 8 | symbols[place + 1]
-            places[byte_pairs[1, pair]] = place
-            byte_pairs[1, pair] += 1
+            places[ends[pair]] = place
+            ends[pair] += 1
 
 
 @kernel
 def merge(
-    symbols, chunk_of, count_of, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
-    neighbours, beside, touched, byte_rows,
+    symbols, amounts, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
+    neighbours, beside, touched, byte_counts,
 ):  # fmt: skip
     """Merges until there are `goal` merges or no pair is left; True if it needs a larger table of pairs first."""
     while state[MERGES] < goal:
@@ -197,6 +198,7 @@ def merge(
             pair = buckets[state[BUCKET]]
             buckets[state[BUCKET]] = -1
             while pair >= 0:
+                prefetch(places, pairs[pair, LIST])
                 _push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
                 pair = pairs[pair, NEXT]
             continue
@@ -204,59 +206,69 @@ def merge(
         if state[PAIRS] + 2 * min(pairs[pair, LENGTH], 256 + state[MERGES]) > len(pairs):
             return True
         _pop(heap, state)
-        true_count = pairs[pair, COUNT]
-        if true_count < 0:
-            true_count = _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair)
+        for index in range(min(3, state[HEAP])):  # among them those that come next
+            _prefetch_place(symbols, amounts, places[pairs[heap[index, 2], LIST]])
+        left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _LOW
+        if left < 256 and right < 256:
+            true_count = byte_counts[left << 8 | right]
+        else:
+            true_count = _recount(symbols, amounts, lengths, places, pairs, pair, left, right)
         if true_count < pairs[pair, BOUND]:
             pairs[pair, BOUND] = true_count
             if true_count:
                 _enqueue(pairs, heap, buckets, state, pair)
             continue
         new = 256 + state[MERGES]
-        left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _RIGHT
         merges[state[MERGES], 0] = left
         merges[state[MERGES], 1] = right
         merge_counts[state[MERGES]] = true_count
         state[MERGES] += 1
         lengths[new] = lengths[left] + lengths[right]
         begin = pairs[pair, LIST]
-        end = replace_pair(
-            symbols, lengths, places, begin, begin + pairs[pair, LENGTH], left, right, new, neighbours
-        )  # fmt: skip
+        end = begin + pairs[pair, LENGTH]
+        end = replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbours)
         _list_new_pairs(
-            chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
-            neighbours, beside, touched, byte_rows,
+            amounts, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
+            neighbours, beside, touched, byte_counts,
         )  # fmt: skip
     return False
 
 
 @kernel
-def _recount(symbols, chunk_of, count_of, lengths, places, pairs, pair):
+def _recount(symbols, amounts, lengths, places, pairs, pair, left, right):
     """The true count of a pair. Places where it no longer stands are taken from its list."""
-    left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _RIGHT
     length = lengths[left]
     kept = pairs[pair, LIST]
+    end = kept + pairs[pair, LENGTH]
     true_count = 0
-    for index in range(kept, kept + pairs[pair, LENGTH]):
+    for index in range(kept, end):
         place = places[index]
+        _prefetch_place(symbols, amounts, places[min(index + AHEAD, end - 1)])
         # Without a branch, which would be foreseen wrongly half of the time.
         stands = np.int64(symbols[place] == left) & np.int64(symbols[place + length] == right)
         places[kept] = place
         kept += stands
-        true_count += stands * _amount(chunk_of, count_of, place)
+        true_count += stands * _amount(amounts, place)
     pairs[pair, LENGTH] = kept - pairs[pair, LIST]
     return true_count
 
 
 @kernel
+def _prefetch_place(symbols, amounts, place):
+    prefetch(symbols, place)
+    if len(amounts) > 1:
+        prefetch(amounts, place)
+
+
+@kernel
 def _list_new_pairs(
-    chunk_of, count_of, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
-    neighbours, beside, touched, byte_rows,
+    amounts, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
+    neighbours, beside, touched, byte_counts,
 ):  # fmt: skip
     """Counts, lists and enqueues the pairs that the new id makes with its neighbours."""
     num_touched = 0
     for index in range(end - begin):
-        amount = _amount(chunk_of, count_of, places[begin + index])
+        amount = _amount(amounts, places[begin + index])
         for side in range(2):
             neighbour = neighbours[2 * index + side]
             if neighbour >= 0:
@@ -270,7 +282,7 @@ def _list_new_pairs(
         # The neighbour's pair with the byte that was there is gone; so is that between two merged pairs in a row.
         first, second = (right, neighbour if neighbour != new else left) if column else (neighbour, left)
         if first < 256 and second < 256:
-            pairs[byte_rows[first << 8 | second], COUNT] -= beside[neighbour, column + 1]
+            byte_counts[first << 8 | second] -= beside[neighbour, column + 1]
         key = new << 32 | neighbour if column else neighbour << 32 | new
         _enter_pair(pairs, state, key, beside[neighbour, column + 1], beside[neighbour, column])
         _enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
@@ -288,9 +300,9 @@ def _list_new_pairs(
 
 
 @kernel
-def _amount(chunk_of, count_of, place):
+def _amount(amounts, place):
     """How often the chunk at a place occurs."""
-    return count_of[chunk_of[place]] if len(count_of) > 1 else count_of[0]
+    return amounts[place] if len(amounts) > 1 else amounts[0]
 
 
 @kernel
@@ -301,7 +313,6 @@ def _enter_pair(pairs, state, key, pair_count, num_places):
     pairs[row, PAIR] = key
     pairs[row, LIST] = state[PLACES]
     pairs[row, LENGTH] = num_places
-    pairs[row, COUNT] = -1
     state[PAIRS] += 1
     state[PLACES] += num_places
 
