@@ -165,9 +165,11 @@ class BPETokenizer(Tokenizer):
         from jaxlm.tokenizers.bpe_merge import learn
 
         tokenizer = cls((), split=split, special_tokens=(), pattern=pattern)
-        counts = _count_chunks(texts, split, pattern, _threads(num_threads))
+        num_threads = _threads(num_threads)
+        counts = _count_chunks(texts, split, pattern, num_threads)
         tokens = merged_tokens([])
-        for merges, merge_counts in learn(counts, num_merges, rounds=_PROGRESS_ROUNDS if on_merge else 1):
+        rounds = _PROGRESS_ROUNDS if on_merge else 1
+        for merges, merge_counts in learn(counts, num_merges, rounds=rounds, num_threads=num_threads):
             done = len(tokens) - 256
             if on_merge:
                 for (left, right), count in zip(merges[done:].tolist(), merge_counts[done:].tolist(), strict=True):

@@ -6,10 +6,14 @@ Python, so it runs without the interpreter's lock. Arrays that turn out too smal
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +23,13 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils, config, event, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILED = not config.DISABLE_JIT
+_UNUSED_SECONDS = 30 * 24 * 3600.0
 
 
 def _cache_folder() -> str | None:
@@ -38,14 +44,38 @@ def _cache_folder() -> str | None:
         config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm",
         Path(__file__).parent / "__pycache__",
     ):
-        folder = Path(parent).expanduser() / "kernels" / sources.hexdigest()[:16]
         try:
+            folder = Path(parent).expanduser() / "kernels" / sources.hexdigest()[:16]
+            is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)  # when it was last used
             with tempfile.TemporaryFile(dir=folder):
-                return str(folder)
+                pass
         except (OSError, RuntimeError):
             continue
+        if is_new:
+            _remove_unused(folder.parent)
+        return str(folder)
     return None
+
+
+def _remove_unused(parent: Path) -> None:
+    """Removes the kernels of other versions that no process has begun to use for a month."""
+    for folder in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if re.fullmatch("[0-9a-f]{16}", folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a kernel; what was cut short, by a full disk say, is compiled anew instead of raising."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # what a damaged pickle raises can be anything
+            self.flush()
+            return None
 
 
 class _Notice(event.Listener):
@@ -82,7 +112,9 @@ def _compile(function: Function, **options: Any) -> Function:
         return numba.njit(**options)(function)
     before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
     try:
-        return numba.njit(cache=True, **options)(function)
+        dispatcher = numba.njit(cache=True, **options)(function)
+        dispatcher._cache = _Cache(function)
+        return dispatcher
     finally:
         config.CACHE_DIR = before
 

@@ -11,7 +11,9 @@ The merges are those of `bpe_reference.train`, and what makes them fast are two 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +47,16 @@ BOUND, PAIR, LIST, LENGTH, NEXT = range(5)
 PAIRS, PLACES, HEAP, BUCKET, MERGES = range(5)
 # Buckets of counts: up to 1,023 one each, above 512 to an octave.
 _BUCKETS = 1024 + 54 * 512
+_SHARE_BITS = 18  # a thread of its own pays for a share of so many bytes
 _LOW = (1 << 32) - 1
 
 
-def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[tuple[Array32, Array64]]:
+def learn(
+    counts: ChunkCounts, num_merges: int, *, rounds: int = 1, num_threads: int = 1
+) -> Iterator[tuple[Array32, Array64]]:
     """Learns up to `num_merges` merges from counts, which it clears, in so many rounds.
+
+    What comes before the first merge is divided among threads.
 
     Yields the merges learned so far after each round, with their counts.
 
@@ -62,13 +69,6 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     if size > np.iinfo(np.int32).max:
         raise InputError("The text has more than 2 GiB of different chunks; use less of it, or a finer split.")
     num_merges = min(num_merges, size)  # each leaves a symbol less
-    chunks = sorted_chunks(counts.table)
-    # How often the chunk at each place occurs. Where all occur equally often, as where each text is one chunk, once.
-    least, most = (chunks[:, VALUE].min(), chunks[:, VALUE].max()) if len(chunks) else (0, 0)
-    amounts = np.empty(size if least < most else 1, np.int32 if most < 1 << 31 else np.int64)
-    symbols = np.empty(size + 1, np.int32)
-    lay_out(chunks, counts.arena, symbols, amounts)
-    counts.clear()
     # No more than twice the places can be listed anew. What isn't written to takes no memory.
     places = np.empty(3 * size + 1, np.int32)
     pairs = np.empty((1 << 17, 5), np.int64)
@@ -76,8 +76,7 @@ def learn(counts: ChunkCounts, num_merges: int, *, rounds: int = 1) -> Iterator[
     buckets = np.full(_BUCKETS, -1, np.int64)
     state = np.zeros(5, np.int64)
     state[BUCKET] = _BUCKETS
-    byte_counts, ends = np.zeros((2, 1 << 16), np.int64)  # of the pairs of bytes: how often they stand in the text
-    list_byte_pairs(symbols, amounts, places, pairs, buckets, state, byte_counts, ends)
+    symbols, amounts, byte_counts = _list_byte_pairs(counts, places, pairs, buckets, state, num_threads)
 
     num_ids = 256 + num_merges
     lengths = np.ones(num_ids, np.int32)
@@ -105,13 +104,54 @@ def _enlarged(array: Array64) -> Array64:
     return larger
 
 
-def sorted_chunks(table: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The rows of a chunk table that are in use, by the first bytes of their chunks.
+def _list_byte_pairs(
+    counts: ChunkCounts, places: Array32, pairs: Array64, buckets: Array64, state: Array64, num_threads: int
+) -> tuple[Array32, npt.NDArray[np.int32 | np.int64], Array64]:
+    """Lays the chunks out and lists their pairs of bytes, each thread those of its own share of the arena.
+
+    Returns the symbols; how often the chunk at each place occurs; and how often each pair of bytes does.
+    """
+    size = int(counts.size[1])
+    num_threads = max(1, min(num_threads, size >> _SHARE_BITS))
+    bounds = [0]
+    for goal in (size * index // num_threads for index in range(1, num_threads)):
+        begin = max(goal, bounds[-1])  # shares end where chunks do
+        bounds.append(begin + int(np.argmax(counts.arena[begin:size] == TEXT_END)) + 1 if begin < size else size)
+    shares = list(itertools.pairwise([*bounds, size]))
+    symbols = np.empty(size + 1, np.int32)
+    symbols[size] = -1
+    share_counts, share_ends = np.zeros((2, num_threads, 1 << 16), np.int64)
+    with ThreadPoolExecutor(num_threads) as pool:
+        chunks = list(pool.map(lambda share: _sorted_chunks(counts.table, *share), shares))
+        all_amounts = np.concatenate([rows[:, VALUE] for rows in chunks]).astype(np.int64)
+        least, most = (all_amounts.min(), all_amounts.max()) if all_amounts.size else (0, 0)
+        kind: type[np.int32 | np.int64] = np.int32 if most < 1 << 31 else np.int64
+        # Where all occur equally often, as where each text is one chunk, it is said once.
+        amounts = np.full(1, most, kind) if least == most else np.empty(size, kind)
+
+        def lay_out_share(index: int) -> None:
+            begin, end = shares[index]
+            own = amounts[begin:end] if len(amounts) > 1 else amounts
+            lay_out(chunks[index], counts.arena, symbols[begin:end], own)
+            count_byte_pairs(symbols[begin:end], own, share_counts[index], share_ends[index])
+
+        def list_share(index: int) -> None:
+            list_places(symbols, *shares[index], places, share_ends[index])
+
+        list(pool.map(lay_out_share, range(num_threads)))
+        byte_counts = share_counts.sum(0)
+        enter_byte_pairs(byte_counts, share_ends, pairs, buckets, state)
+        list(pool.map(list_share, range(num_threads)))
+    return symbols, amounts, byte_counts
+
+
+def _sorted_chunks(table: npt.NDArray[np.uint64], begin: int, end: int) -> npt.NDArray[np.uint64]:
+    """The rows of a chunk table for the chunks in a part of the arena, by the first bytes of the chunks.
 
     Chunks that begin alike become neighbours. So most pairs have places near each other, in the processor's cache.
     """
     slots = np.empty(len(table), np.uint64)
-    slots = slots[: list_slots(table, slots)]
+    slots = slots[: list_slots(table, begin, end, slots)]
     low = _U(len(table) - 1)  # numbers are sorted much faster than what numbers are the keys of
     keys = table[slots, FIRST].byteswap() & ~low | slots
     keys.sort()
@@ -121,11 +161,11 @@ def sorted_chunks(table: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 @kernel
-def list_slots(table, slots):
-    """Writes down which slots are in use; returns how many."""
+def list_slots(table, begin, end, slots):
+    """Writes down the slots whose chunks stand in a part of the arena; returns how many."""
     number = 0
     for slot in range(len(table)):
-        if table[slot, PLACE]:
+        if begin <= chunk_place(table, slot) < end:  # an empty slot has the place -1
             slots[number] = slot
             number += 1
     return number
@@ -141,7 +181,6 @@ def take_rows(table, slots, rows):
 @kernel
 def lay_out(chunks, arena, symbols, amounts):
     """Writes the bytes of chunks as symbols, and how often the chunk of each occurs."""
-    amounts[0] = chunks[0, VALUE] if len(chunks) else 0
     at = 0
     for number in range(len(chunks)):
         length = np.int64(chunks[number, PLACE] >> LENGTH_SHIFT)
@@ -160,24 +199,37 @@ def lay_out(chunks, arena, symbols, amounts):
             amounts[at + k] = chunks[number, VALUE]
         symbols[at + length] = -1
         at += length + 1
-    symbols[at] = -1
 
 
 @kernel
-def list_byte_pairs(symbols, amounts, places, pairs, buckets, state, byte_counts, ends):
-    """Counts the pairs of bytes and lists their places."""
+def count_byte_pairs(symbols, amounts, byte_counts, numbers):
+    """How often each pair of bytes occurs in the text, and at how many places."""
     for place in range(len(symbols) - 1):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
             pair = symbols[place] << 8 | symbols[place + 1]
             byte_counts[pair] += _amount(amounts, place)
-            ends[pair] += 1
+            numbers[pair] += 1
+
+
+@kernel
+def enter_byte_pairs(byte_counts, share_ends, pairs, buckets, state):
+    """Enters the pairs of bytes. The numbers of places become where each share's places of a pair begin."""
     for pair in range(1 << 16):
-        if ends[pair]:
-            begin = state[PLACES]
-            _enter_pair(pairs, state, np.int64(pair >> 8) << 32 | pair & 0xFF, byte_counts[pair], ends[pair])
+        place = state[PLACES]
+        for share in range(len(share_ends)):
+            number = share_ends[share, pair]
+            share_ends[share, pair] = place
+            place += number
+        if place > state[PLACES]:
+            key = np.int64(pair >> 8) << 32 | pair & 0xFF
+            _enter_pair(pairs, state, key, byte_counts[pair], place - state[PLACES])
             _drop_into_bucket(pairs, buckets, state[PAIRS] - 1)
-            ends[pair] = begin
-    for place in range(len(symbols) - 1):
+
+
+@kernel
+def list_places(symbols, begin, end, places, ends):
+    """Lists the places of the pairs of bytes of one share."""
+    for place in range(begin, end):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
             pair = symbols[place] << 8 | symbols[place + 1]
             places[ends[pair]] = place

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -536,6 +537,25 @@ def test_compiled_twice_at_once_once_again_and_not_at_all(tmp_path: Path) -> Non
     assert all(errors.count(notice) == 1 and len(errors.splitlines()) == 1 for _, errors in answers)
     assert again[1] == ""
     assert plain[1] == ""
+    # Files that were cut short are compiled anew, once. An index and the code it names:
+    damaged = [next(tmp_path.rglob("bpe_split.split-*.nbi")), next(tmp_path.rglob("bpe_merge.merge-*.nbc"))]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:100])
+    mended, whole = (start(NUMBA_CACHE_DIR=str(tmp_path)).communicate(timeout=300) for _ in range(2))
+    assert mended[0] == whole[0] == plain[0]
+    assert mended[1].count(notice) == 1 and len(mended[1].splitlines()) == 1
+    assert whole[1] == ""
+
+
+def test_kernels_of_other_versions_are_removed_once_unused_for_a_month(tmp_path: Path) -> None:
+    folders = [tmp_path / "kernels" / name for name in ("0123456789abcdef", "fedcba9876543210", "of_somebody_else")]
+    for folder, days in zip(folders, (31, 29, 31), strict=True):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+        os.utime(folder, (time.time() - days * 86400,) * 2)
+    command = "import jaxlm.tokenizers.bpe_kernels"
+    subprocess.run([sys.executable, "-c", command], cwd=ROOT, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+    assert [folder.exists() for folder in folders] == [False, True, True]
 
 
 def test_a_function_of_no_module_may_be_compiled_beside_the_engine() -> None:
