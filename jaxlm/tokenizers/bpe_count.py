@@ -14,6 +14,7 @@ from jaxlm.tokenizers.bpe_kernels import (
     find_slot,
     inlined,
     kernel,
+    row_key,
 )
 from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks
 
@@ -53,7 +54,8 @@ class ChunkCounts:
 
     def _make_room(self, length: int) -> None:
         if _is_full(self.size, self.table):
-            table = chunk_table(len(self.table).bit_length())
+            bits = len(self.table).bit_length() - 1
+            table = chunk_table(bits + 2 if bits < 18 else bits + 1)  # to fill a table anew takes time, too
             copy_table(self.table, self.arena, table)
             self.table = table
         if self.size[1] + length + 17 > len(self.arena):
@@ -69,7 +71,8 @@ def count(buffer, classes, scheme, ends, where, table, arena, size):
             while buffer[start] == TEXT_END:
                 start += 1
             end = ends[index]
-            if not _add(buffer, start, end - start, _U(1), table, arena, size):
+            first, second, short, code = chunk_key(buffer, start, end - start)
+            if not _add(buffer, start, end - start, first, second, short, code, _U(1), table, arena, size):
                 where[START] = start
                 where[DONE] = index
                 return False
@@ -85,16 +88,16 @@ def add_table(others, other_arena, slot, table, arena, size):
     while slot < len(others):
         place = chunk_place(others, slot)
         if place >= 0:
-            length = _chunk_length(other_arena, place)
-            if not _add(other_arena, place, length, others[slot, VALUE], table, arena, size):
+            length, first, second, short, code = row_key(others, slot, other_arena)
+            amount = others[slot, VALUE]
+            if not _add(other_arena, place, length, first, second, short, code, amount, table, arena, size):
                 break
         slot += 1
     return slot
 
 
 @inlined
-def _add(buffer, start, length, amount, table, arena, size):
-    first, second, short, code = chunk_key(buffer, start, length)
+def _add(buffer, start, length, first, second, short, code, amount, table, arena, size):
     slot, found = find_slot(table, arena, buffer, start, length, first, second, short, code)
     if found:
         table[slot, VALUE] += amount
@@ -112,21 +115,12 @@ def _is_full(size, table):
 
 
 @kernel
-def _chunk_length(arena, place):
-    length = 1
-    while arena[place + length] != TEXT_END:
-        length += 1
-    return length
-
-
-@kernel
 def copy_table(table, arena, larger):
     """Enters all rows of a table into a larger, empty one."""
     for slot in range(len(table)):
         place = chunk_place(table, slot)
         if place >= 0:
-            length = _chunk_length(arena, place)
-            first, second, short, code = chunk_key(arena, place, length)
+            length, first, second, short, code = row_key(table, slot, arena)
             new, _ = find_slot(larger, arena, arena, place, length, first, second, short, code)
             for column in range(4):
                 larger[new, column] = table[slot, column]

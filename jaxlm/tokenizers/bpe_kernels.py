@@ -191,8 +191,7 @@ def chunk_key(buffer, start, length):
     short = min(length, LONG)
     first = load8(buffer, start) & _FIRST_MASKS[short]
     second = load8(buffer, start + 8) & _SECOND_MASKS[short]
-    code = (first ^ second * _FACTOR_2 ^ _U(short) << LENGTH_SHIFT) * _FACTOR_1
-    code = (code ^ code >> _U(32)) * _FACTOR_2
+    code = _short_code(first, second, _U(short))
     if length > 16:
         i = start + 16
         end = start + length
@@ -202,6 +201,28 @@ def chunk_key(buffer, start, length):
             i += 8
         code *= _FACTOR_2
     return first, second, short, code ^ code >> _U(29)
+
+
+@inlined
+def _short_code(first, second, short):
+    code = (first ^ second * _FACTOR_2 ^ short << LENGTH_SHIFT) * _FACTOR_1
+    return (code ^ code >> _U(32)) * _FACTOR_2
+
+
+@inlined
+def row_key(table, slot, arena):
+    """The length and the `chunk_key` of the chunk in a slot; its bytes are looked at only if the row lacks some."""
+    place = np.int64(table[slot, PLACE] & _PLACE_MASK)
+    length = np.int64(table[slot, PLACE] >> LENGTH_SHIFT)
+    first, second, short = table[slot, FIRST], table[slot, SECOND], length
+    if length < LONG:
+        code = _short_code(first, second, _U(short))
+        code ^= code >> _U(29)
+    else:
+        while arena[place + length] != TEXT_END:
+            length += 1
+        first, second, short, code = chunk_key(arena, place, length)
+    return length, first, second, short, code
 
 
 @inlined
