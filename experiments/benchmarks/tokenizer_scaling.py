@@ -1,11 +1,12 @@
-"""How the cost of our BPE grows with the size of a text, and what a long stream takes of memory."""
+"""How the cost of our BPE grows with the size of a text, what threads make of it, and the memory of a long stream."""
 
 from __future__ import annotations
 
 import itertools
 import resource
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -90,6 +91,24 @@ def trained(text: str, split: str) -> BPETokenizer:
     except ValueError as error:
         reachable = int(str(error).split("at most ")[1].split(" ")[0])
         return BPETokenizer.train([text], reachable, split=split, num_threads=1)
+
+
+def measure_threads(corpus: str, vocab_sizes: Sequence[int], threads: Sequence[int], repeats: int) -> None:
+    """Seconds of training by the number of threads, in turn, once more than is counted; a table of medians."""
+    documents = list(open_corpus(corpus).documents())
+    table = Table(title=f"training, median seconds of {repeats}")
+    for name in ("vocabulary", *(f"{number} thread{'s' * (number > 1)}" for number in threads), "ratio"):
+        table.add_column(name, justify="right")
+    for vocab_size in vocab_sizes:
+        seconds: dict[int, list[float]] = {number: [] for number in threads}
+        for _ in range(repeats + 1):
+            for number, several in seconds.items():
+                started = time.perf_counter()
+                BPETokenizer.train(documents, vocab_size, special_tokens=(), num_threads=number)
+                several.append(time.perf_counter() - started)
+        medians = [statistics.median(several[1:]) for several in seconds.values()]
+        table.add_row(f"{vocab_size:,}", *[f"{median:.3f}" for median in medians], f"{medians[0] / medians[-1]:.2f}")
+    console.print(table)
 
 
 def measure_stream(corpus: str, gigabytes: float) -> None:

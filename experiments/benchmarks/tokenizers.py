@@ -1,7 +1,8 @@
-"""Our BPE beside other libraries: training, encoding, decoding, memory, and how cost grows with size.
+"""Our BPE beside other libraries: training, encoding, decoding, memory, and how cost grows with size and threads.
 
     pip install -r experiments/benchmarks/requirements.txt
     python -m experiments.benchmarks.tokenizers --corpus "texts/*.parquet"
+    python -m experiments.benchmarks.tokenizers --task threads --corpus "texts/*.parquet"
     python -m experiments.benchmarks.tokenizers --task scaling --corpus "texts/*.parquet"
     python -m experiments.benchmarks.tokenizers --task stream --corpus "texts/*.parquet"
 
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import matplotlib
 from rich.table import Table
 
-from experiments.benchmarks.tokenizer_scaling import measure_scaling, measure_stream
+from experiments.benchmarks.tokenizer_scaling import measure_scaling, measure_stream, measure_threads
 from experiments.command_line import program
 from jaxlm.data.documents import open_corpus
 from jaxlm.runs import console
@@ -47,7 +48,7 @@ SLOW_SECONDS = 9.0
 class Config:
     """Measures tokenizers side by side."""
 
-    task: Literal["training", "encoding", "scaling", "stream"] = "training"  # what is measured
+    task: Literal["training", "threads", "encoding", "scaling", "stream"] = "training"  # what is measured
     corpus: str = "builtin"  # as in the experiments
     vocab_sizes: tuple[int, ...] = (500, 4_096, 32_768, 100_000)  # of training
     encode_vocab_size: int = 4_096  # of encoding
@@ -224,7 +225,9 @@ def draw(values: dict[tuple[str, Any], float], unit: str, better: str, threads: 
 
 
 def main(config: Config) -> None:
-    if config.task == "scaling":
+    if config.task == "threads":
+        measure_threads(config.corpus, config.vocab_sizes, config.threads, config.repeats)
+    elif config.task == "scaling":
         measure_scaling(config.corpus, Path(config.figure or "scaling.png"))
     elif config.task == "stream":
         measure_stream(config.corpus, config.stream_gb)
