@@ -1,0 +1,172 @@
+"""Kills a training again and again, and looks whether it ends as if nothing had happened.
+
+    python -m experiments.benchmarks.chaos
+    python -m experiments.benchmarks.chaos --kills 5 --steps 40
+
+A character model is trained by real processes, which get SIGKILL after a random time: while they start, tokenize, take
+steps, save, evaluate, or draw the curve. The same command is run again until it ends well; then the parameters, the
+optimizer's state, the logged losses and the samples are compared, bit for bit, with those of a run that nobody
+interrupted, and the next round begins with an empty directory and cache, until there were enough kills.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from experiments.command_line import program
+from jaxlm.checkpoints import Checkpoints, abstract, saved_steps
+from jaxlm.loop import RunFailed
+from jaxlm.model import ModelConfig
+from jaxlm.optimizers import OptimizerConfig
+from jaxlm.reports.tables import rows_table
+from jaxlm.runs import SAMPLES_FILE, console, read_config, read_metrics
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import TrainConfig, init_state
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kills training processes at random moments, and compares what they end with."""
+
+    preset: Literal["all"] = "all"
+    kills: int = 100
+    steps: int = 60  # of the training
+    seed: int = 0  # of the moments
+
+    def __post_init__(self) -> None:
+        if self.kills < 1 or self.steps < 1:
+            raise InputError("There has to be at least one kill, and a training of at least one step.")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the kills did: how many there were, in how many rounds, steps taken again, and seconds of them."""
+
+    kills: int
+    rounds: int
+    steps_repeated: int
+    seconds_lost: float
+    equal: bool
+
+
+def main(config: Config) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(config, Path(folder))
+    rows = [
+        ("kills survived", f"{result.kills}"),
+        ("runs brought to their end", f"{result.rounds}"),
+        ("steps taken again", f"{result.steps_repeated} ({result.steps_repeated / result.kills:.1f} a kill)"),
+        ("seconds of training lost", f"{result.seconds_lost:.1f} ({result.seconds_lost / result.kills:.2f} a kill)"),
+        ("equal to the uninterrupted run, bit for bit", "all" if result.equal else "NO"),
+    ]
+    console.print(rows_table(("", ""), rows, "SIGKILL at random moments"))
+    if not result.equal:
+        raise RunFailed("A run that was killed ended otherwise than one that was not.")
+
+
+def run(config: Config, folder: Path) -> Result:
+    """Trains once straight, then under fire until there were enough kills and the run under way has ended well."""
+    moments = random.Random(config.seed)
+    started = time.monotonic()
+    if (status := start(config, folder / "straight", folder / "cache").wait()) != 0:
+        raise RunFailed(f"The training ended with status {status} without a kill.")
+    whole = time.monotonic() - started
+    expected = fingerprint(folder / "straight")
+    kills = rounds = repeated = 0
+    lost, equal = 0.0, True
+    while kills < config.kills:
+        workdir, cache = folder / f"round-{rounds}", folder / f"cache-{rounds}"
+        while True:
+            process = start(config, workdir, cache)
+            try:
+                # The compiled programs are found again, so that a start takes less than the first one did.
+                limit = None if kills == config.kills else moments.uniform(0.0, whole)
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+                steps, seconds = behind(workdir)
+                repeated, lost = repeated + steps, lost + seconds
+                console.print(f"kill {kills} at step {reached(workdir)}", style="dim")
+                continue
+            if status != 0:
+                raise RunFailed(f"After {kills} kills the training ended with status {status}: see {workdir}.")
+            break
+        rounds += 1
+        equal = equal and fingerprint(workdir) == expected
+        shutil.rmtree(workdir)
+        shutil.rmtree(cache, ignore_errors=True)
+    return Result(kills, rounds, repeated, lost, equal)
+
+
+def start(config: Config, workdir: Path, cache: Path) -> subprocess.Popen[bytes]:
+    """A training process, in which something is due every few steps."""
+    flags = (
+        f"--workdir {workdir} --steps {config.steps} --vocab-size 80 --width 16 --num-heads 2 --num-layers 1 "
+        "--context 32 --batch-size 4 --corpus-bytes 60000 --eval-every 10 --eval-documents 2 --sample-every 20 --checkpoint-every 5 "
+        "--log-every 1 --dropout 0.1"
+    )
+    xla = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "xla"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.char_lm", *flags.split()],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAXLM_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": xla},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def reached(workdir: Path) -> int:
+    """The last step in the metrics; a killed process may have taken one more."""
+    return max((line["step"] for line in read_metrics(workdir)), default=0)
+
+
+def behind(workdir: Path) -> tuple[int, float]:
+    """Steps, and seconds of training, since the last checkpoint."""
+    saved = max(saved_steps(workdir / "checkpoints"), default=0)
+    seconds = {line["step"]: line["seconds"] for line in read_metrics(workdir)}
+    return max(0, reached(workdir) - saved), max(0.0, max(seconds.values(), default=0.0) - seconds.get(saved, 0.0))
+
+
+def fingerprint(workdir: Path) -> str:
+    """A hash of all that a run leaves: parameters, optimizer state, losses and scores, samples."""
+    identity = read_config(workdir)["identity"]
+    optimizer = {name: value for name, value in identity["optimizer"].items() if name != "schedule_steps"}
+    config = TrainConfig(
+        seed=identity["seed"],
+        steps=identity["optimizer"].get("schedule_steps", 10**6),
+        batch_size=identity["batch_size"],
+        optimizer=OptimizerConfig(**optimizer),
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    shapes = jax.eval_shape(partial(init_state, ModelConfig(**identity["model"]), config))
+    state, _ = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])))
+    checkpoints.close()
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.asarray(leaf).tobytes())
+    timed = ("seconds", "tokens_per_second", "mfu")
+    for line in read_metrics(workdir):
+        digest.update(repr({name: value for name, value in line.items() if name not in timed}).encode())
+    digest.update((workdir / SAMPLES_FILE).read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    program("experiments.benchmarks.chaos", {"all": Config()}, main)
