@@ -119,8 +119,8 @@ def start(config: Config, workdir: Path, cache: Path) -> subprocess.Popen[bytes]
     """A training process, in which something is due every few steps."""
     flags = (
         f"--workdir {workdir} --steps {config.steps} --vocab-size 80 --width 16 --num-heads 2 --num-layers 1 "
-        "--context 32 --batch-size 4 --corpus-bytes 60000 --eval-every 10 --eval-documents 2 --sample-every 20 --checkpoint-every 5 "
-        "--log-every 1 --dropout 0.1"
+        "--context 32 --batch-size 4 --corpus-bytes 60000 --eval-every 10 --eval-documents 2 --sample-every 20 "
+        "--checkpoint-every 5 --log-every 1 --dropout 0.1"
     )
     xla = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "xla"))
     return subprocess.Popen(
