@@ -66,7 +66,7 @@ def arms_table(results: Mapping[str, Any]) -> Table:
             f"{arm['parameters']:,}",
             f"{arm['bytes_per_token']:.2f}",
             f"{arm['updates']:,}",
-            f"{arm['learning_rate']:.2g}" + (f"\n{muon:.2g} (Muon)" if (muon := arm["muon_learning_rate"]) else ""),
+            f"{arm['learning_rate']:.2g}",
             f"{arm['loss']:.3f}",
             f"[bold]{score}[/]" if arm["bits_per_byte"] == best else score,
             f"{arm['tokens'] / arm['seconds']:,.0f}" if arm["seconds"] else "",
