@@ -128,7 +128,7 @@ PRESETS = {
     # The built-in corpus.
     "quick": Config(
         context_unit="bytes",
-        rate_factors=(0.25, 0.5, 1.0, 2.0),
+        rate_factors=(0.5, 1.0, 2.0, 4.0),
         model=replace(_MODEL, context=128),
         training=TrainConfig(
             steps=300,
@@ -152,7 +152,7 @@ PRESETS = {
         vocab_sizes=(300, 500, 1_000, 2_000, 4_000, 8_192),
         seeds=5,
         context_unit="bytes",
-        rate_factors=(0.25, 0.5, 1.0, 2.0),
+        rate_factors=(0.5, 1.0, 2.0, 4.0),
         model=_MODEL,
         training=TrainConfig(
             steps=1_500,
