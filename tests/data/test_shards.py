@@ -445,7 +445,8 @@ def test_a_cache_lost_after_the_survey_is_refused(
 def test_the_validation_part_is_the_last_documents_and_nothing_is_in_both() -> None:
     lengths = [5 + index % 7 for index in range(40)]
     tokens = np.random.default_rng(0).integers(11, size=sum(lengths)).astype(np.uint16)
-    whole = TokenStream((tokens[:100], tokens[100:200], tokens[200:]), np.cumsum(lengths), np.array(lengths))
+    shards = tuple(tokens[start : start + 100] for start in range(0, len(tokens), 100))
+    whole = TokenStream(shards, np.cumsum(lengths), np.array(lengths))
     parts = TokenizedCorpus(whole, whole, {}).for_validation()
     train, validation = parts.train, parts.held_out
     assert (train.num_documents, validation.num_documents) == (38, 2)
