@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,20 +50,16 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._broken = self._directory.with_name("broken_checkpoints")
         self._notices: list[str] = []
-        # Orbax reads the records of all checkpoints when it is opened, and ends if it can't.
         for step in sorted(saved_steps(self._directory)):
             if not _has_record(self._directory / str(step)):
                 self._set_aside(step, "its record is damaged")
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            # What a killed process left half written; but a reader must not take it from one that is still writing.
-            cleanup_tmp_directories=not read_only,
-        )
+        try:
+            self._checkpointer = _open(self._directory, keep, read_only)
+        except ValueError:  # orbax reads the records of all checkpoints at once, and ends if one makes no sense to it
+            for step in sorted(saved_steps(self._directory)):
+                if not _opens(self._directory / str(step)):
+                    self._set_aside(step, "its record is damaged")
+            self._checkpointer = _open(self._directory, keep, read_only)
 
     @property
     def steps(self) -> list[int]:
@@ -145,6 +142,30 @@ def saved_steps(directory: str | os.PathLike[str]) -> set[int]:
     """The steps that have a checkpoint in a directory, intact or not, without opening any."""
     folders = Path(directory).iterdir() if Path(directory).is_dir() else ()
     return {int(folder.name) for folder in folders if folder.name.isdigit()}
+
+
+def _open(directory: Path, keep: int, read_only: bool) -> ocp.training.Checkpointer:
+    policies = ocp.training.preservation_policies
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    return ocp.training.Checkpointer(
+        directory,
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        # What a killed process left half written; but a reader must not take it from one that is still writing.
+        cleanup_tmp_directories=not read_only,
+    )
+
+
+def _opens(folder: Path) -> bool:
+    """Whether orbax makes sense of the record of a single checkpoint."""
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / folder.name).symlink_to(folder)
+        try:
+            _open(Path(alone), 1, read_only=True).close()
+        except ValueError:
+            return False
+        return True
 
 
 def _has_record(folder: Path) -> bool:

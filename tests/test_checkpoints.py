@@ -85,6 +85,11 @@ def test_abstract_keeps_shapes_and_types_and_sets_the_place() -> None:
     assert shapes["weights"].sharding == sharding
 
 
+def large(value: float) -> dict[str, Any]:
+    """Numbers that are kept in a file of their own."""
+    return {"weights": jnp.sin(jnp.arange(5_000.0) + value)}
+
+
 def part(folder: Path, kind: str) -> Path:
     """A file of a checkpoint: its record, what describes the arrays, or what holds them."""
     data = sorted((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -98,7 +103,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_the_newest(
 ) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (5, 10):
-        checkpoints.save(step, state(step), {"step": step})
+        checkpoints.save(step, large(step), {"step": step})
     checkpoints.close()
     file = part(tmp_path / "checkpoints" / "10", kind)
     data = file.read_bytes()
@@ -106,21 +111,23 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_the_newest(
         file.unlink()
     else:
         middle = len(data) // 2
+        # Of the record, a byte that orbax stumbles over; one in a time of day would do no harm.
+        middle = data.index(b"init_timestamp") if kind == "record" else middle
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         file.write_bytes({"empty": b"", "cut": data[:middle], "flipped": flipped}[fault])
     capfd.readouterr()
     reopened = Checkpoints(tmp_path / "checkpoints")
     if reopened.latest_step == 10:
         with pytest.raises(BrokenCheckpoint, match="step 10 is broken"):
-            reopened.restore(state(0))
-    restored, record = reopened.restore(state(0))
+            reopened.restore(large(0))
+    restored, record = reopened.restore(large(0))
     assert record == {"step": 5}
-    np.testing.assert_array_equal(restored["weights"], state(5)["weights"])
+    np.testing.assert_array_equal(restored["weights"], large(5)["weights"])
     (notice,) = reopened.take_notices()
     assert notice.endswith(f"it is kept in {tmp_path / 'broken_checkpoints' / '10'}.")
     assert reopened.take_notices() == []
     assert not reopened.only_broken
-    reopened.save(10, state(10), {"step": 10})
+    reopened.save(10, large(10), {"step": 10})
     assert reopened.latest_step == 10, "the step can be saved again"
     reopened.close()
     assert "Traceback" not in "".join(capfd.readouterr())

@@ -126,7 +126,7 @@ def score_table(results: Mapping[str, Any]) -> PageTable:
 
 def grid_table(results: Mapping[str, Any]) -> PageTable | None:
     """Bits per byte for each factor of the learning rate, the chosen one bold; None if nothing was tried."""
-    arms = [arm for arm in results["arms"] if arm["grid"]]
+    arms = [arm for arm in results["arms"] if arm.get("grid")]
     factors = sorted({entry["factor"] for arm in arms for entry in arm["grid"]})
     if not factors:
         return None

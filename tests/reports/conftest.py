@@ -117,7 +117,7 @@ def _results(chosen: dict[str, Tokenizer], held_out: Sequence[str], seeds: Seque
         name: {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)} for name, tokenizer in chosen.items()
     }
     return {
-        "version": 1, "title": "What does the tokenizer change?",
+        "version": 1, "imported": [], "title": "What does the tokenizer change?",
         "answer": "Per source byte, the larger BPE vocabulary needs 0.21 bits fewer than characters, and the interval "
         "leaves out zero. Loss per token shows the reverse, since a token of one is twice the text of the other.",
         "command": "python -m experiments.compare_tokenizers --preset quick --arms char bpe-300 bpe-500",
