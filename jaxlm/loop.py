@@ -222,7 +222,7 @@ class _Loop:
             return jax.device_put(init_state(self.model, self.config), sharding)
         shapes = jax.eval_shape(partial(init_state, self.model, self.config))
         state, record = self.checkpoints.restore(abstract(shapes, sharding), step)
-        if is_finished(self.run, self.config):
+        if step == self.config.steps and is_finished(self.run, self.config):
             return state
         self.step = step
         self.seconds_before = record["seconds"]

@@ -294,7 +294,8 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_leads_to_the_sam
     capsys.readouterr()
     assert_equal_bits(straight, run_training(tmp_path / "run", data, CONFIG))
     text = capsys.readouterr().out.replace("\n", " ")
-    assert "The checkpoint of step 20 is broken" in text and "Continuing" in text and "after step 15" in text
+    assert "The checkpoint of step 20 is broken" in text
+    assert "Continuing" in text and "after step 15" in text, text
     assert losses(tmp_path / "straight") == losses(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "broken_checkpoints").iterdir()] == ["20"]
     damage(tmp_path / "run" / "checkpoints" / "20")

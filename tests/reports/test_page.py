@@ -201,7 +201,7 @@ def test_failed_and_left_out_arms_are_told(make_results: Any) -> None:
         "words left",
     ):
         assert told in text
-    assert "3 of the tokenizers asked for" in re.sub(r"\s+", " ", text)
+    assert "3 of the arms asked for" in re.sub(r"\s+", " ", text)
 
 
 def test_one_seed(make_results: Any) -> None:
