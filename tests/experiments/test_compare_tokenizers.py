@@ -231,9 +231,9 @@ def test_parameters_are_matched_by_the_nearest_width() -> None:
         model = replace(arm.model, width=width, feed_forward_width=2 * width)
         return count_parameters(jax.eval_shape(lambda key: init(model, key), jax.random.key(0)))
 
-    for target in (1, 5_000, 20_000, 123_456):
+    for target in (1, 5_000, 20_000):
         matched = with_parameters(arm, target)
-        nearest = min(range(2, 200, 2), key=lambda width: abs(size(width) - target))
+        nearest = min(range(2, 40, 2), key=lambda width: abs(size(width) - target))
         assert matched.model.width == nearest
         assert matched.parameters == size(nearest)
         assert matched.model.feed_forward_width == 2 * nearest
