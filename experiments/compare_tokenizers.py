@@ -80,7 +80,7 @@ class Config:
     budget: Unit = "bytes"  # what is equal: source bytes or tokens seen, training FLOPs, or seconds of training
     budget_size: float | None = None  # how much; None: what `steps` updates of the first arm use
     context_unit: Literal["tokens", "bytes"] = "tokens"  # what context and batch are equal in
-    match_parameters: bool = False  # give every arm the parameters of the first, by its width
+    match_parameters: bool = False  # give every arm the parameters of the first of its size, by its width
     rate_factors: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)  # times the learning rate: the grid of every arm
     rate_share: float = 0.25  # of the budget, for each rate of the grid
     together: int | None = None  # most runs as one program; None: as many as there are
@@ -239,7 +239,11 @@ def prepare(
     if not arms:
         raise InputError(left_out[0][1])
     if config.match_parameters:
-        arms = [arms[0], *(with_parameters(arm, arms[0].parameters) for arm in arms[1:])]
+        first = {arm.spec.size: arm for arm in reversed(arms)}  # of each model size
+        arms = [
+            arm if arm is first[arm.spec.size] else with_parameters(arm, first[arm.spec.size].parameters)
+            for arm in arms
+        ]
     size = config.budget_size
     if size is None:
         size = config.training.steps * arms[0].per_update(config.budget)
