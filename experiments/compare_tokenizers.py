@@ -188,7 +188,7 @@ def main(config: Config) -> None:
         if arm.spec.vocab_size is None:
             console.print(f"{arm.spec.name} was there already: it may have seen the held-out text.", markup=False)
     console.print(
-        f"{len(arms)} arms, {config.seeds} seeds each; {survey.documents:,} documents, {survey.bytes:,} bytes, the "
+        f"{len(arms)} arms, seeds of each: {config.seeds}; {survey.documents:,} documents, {survey.bytes:,} bytes, the "
         "last 10 % held out"
     )
     outcomes = []
