@@ -23,7 +23,7 @@ import numpy.typing as npt
 import tensorboardX
 from rich.console import Console
 
-from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
+from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer, replacing
 
 CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jsonl", "samples.txt", "lock"
 NATS_FILE = "final_nats.npy"  # of each held-out document, float64
@@ -221,11 +221,9 @@ def _append(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON, whole or not at all. Half a surrogate pair, as from a path that isn't UTF-8, is escaped."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary.write_bytes(text.encode(errors="backslashreplace"))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def read_json(path: Path) -> Any:
@@ -238,10 +236,8 @@ def read_json(path: Path) -> Any:
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Writes an array as a .npy file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
 
 
 def check_writable(path: Path) -> None:

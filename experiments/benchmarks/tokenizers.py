@@ -32,7 +32,7 @@ from experiments.command_line import program
 from jaxlm.data.documents import open_corpus
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, replacing
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -217,10 +217,8 @@ def draw(values: dict[tuple[str, Any], float], unit: str, better: str, threads: 
         panel.set_xticks([])
         panel.spines[["top", "right", "bottom"]].set_visible(False)
     figure.supxlabel(f"{unit}, {counted(threads)} ({better})", fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     console.print(f"figure: {path}", markup=False)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, replacing
 
 
 def cache_directory() -> Path:
@@ -28,21 +27,16 @@ def load_json(path: Path) -> Any:
 
 def save_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all. Raises InputError if the cache can't be written."""
-    with replacing(path) as temporary:
+    with caching(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+def caching(path: Path) -> Iterator[Path]:
+    """`replacing`, for a file of the cache. Raises InputError if the cache can't be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise not_writable(error) from None
 

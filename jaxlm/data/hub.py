@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from jaxlm.data.cache import cache_directory, load_json, replacing, save_json
+from jaxlm.data.cache import cache_directory, caching, load_json, save_json
 from jaxlm.tokenizers.base import InputError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class HubFile:
                     pass
                 with _hub_errors(self.repository, self.revision), parquet_errors(name):
                     table = remote().read_row_group(index, columns=["text"])
-                with replacing(path) as temporary:
+                with caching(path) as temporary:
                     pq.write_table(table, temporary, compression="zstd")
                 return table
 

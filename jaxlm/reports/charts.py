@@ -6,7 +6,6 @@ wide, the width of a phone, with letters of 10 points and more, so that these ca
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from jaxlm.reports import drawing
 from jaxlm.reports.drawing import Results, done_arms
 from jaxlm.reports.quantities import amount, axis_scale
+from jaxlm.tokenizers.base import replacing
 
 _NAMED = 12  # arms whose numbers a text alternative tells
 
@@ -60,17 +60,11 @@ def charts(results: Results) -> list[Chart]:
 
 def write_figures(results: Results, directory: Path) -> list[Path]:
     """Every chart as a PNG file of 200 dots an inch, each written under a temporary name first; their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for chart in charts(results):
         path = directory / f"{chart.key}.png"
-        temporary = path.with_name(f".{chart.key}.{os.getpid()}.tmp.png")
-        try:
-            with drawing.look():
-                chart.draw(True).savefig(temporary, dpi=200, facecolor="white")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, drawing.look():
+            chart.draw(True).savefig(temporary, dpi=200, facecolor="white")
         paths.append(path)
     return paths
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxlm.reports.tables import TOKEN_COLOURS
-from jaxlm.tokenizers.base import visible
+from jaxlm.tokenizers.base import replacing, visible
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
@@ -89,8 +88,6 @@ def _label(axis: Axes, x: str, y: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=140)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140)
     plt.close(figure)
-    temporary.replace(path)

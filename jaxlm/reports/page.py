@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 from jaxlm.reports import page_tables
 from jaxlm.reports.charts import charts, shown_differences, with_verdict
+from jaxlm.reports.comparison import RESULTS_VERSION
 from jaxlm.reports.drawing import arm_styles, done_arms, legend_entry
 from jaxlm.reports.svg import inline_svg
 from jaxlm.tokenizers.base import write_file
 
-VERSION = 1
 SHOWN_ARMS = 4  # tokenizers whose tokens are shown until others are chosen
 _FOLDER = Path(__file__).parent
 
@@ -38,8 +38,10 @@ def page_html(results: Mapping[str, Any]) -> str:
     Raises:
       ValueError: results of another version than this page knows.
     """
-    if results["version"] != VERSION:
-        raise ValueError(f"These results are of version {results['version']}, and the page knows version {VERSION}.")
+    if results["version"] != RESULTS_VERSION:
+        raise ValueError(
+            f"These results are of version {results['version']}, and the page knows version {RESULTS_VERSION}."
+        )
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,

@@ -46,7 +46,7 @@ def token_text(tokens: Iterable[bytes], *, colour: bool = True) -> Text:
 def arms_table(results: Mapping[str, Any]) -> Table:
     """One row an arm of a comparison's results; the best in bold, with the half width of its 95 % interval."""
     table = Table(title=f"equal {results['budget']['unit']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("arm", no_wrap=True)
+    table.add_column("arm", overflow="fold")  # where there is little room, names break and numbers don't
     for name in (
         "ids", "parameters", "bytes per\ntoken", "updates", "learning\nrate", "loss per\ntoken", "bits per byte",
         "tokens/s", "seconds",

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -321,15 +322,26 @@ def write_file(path: Path, text: str) -> None:
     Raises:
       InputError: it can't be there. A full disk is no fault of the place, and stays an OSError.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"{path} can't be written: {error.strerror}; choose another place.") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, of the same suffix, that takes the place of `path` when the block ends well.
+
+    The folders above it are made. So a file is there whole or not at all.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
