@@ -318,10 +318,7 @@ def test_when_all_checkpoints_are_broken_the_run_says_so_and_stops(tmp_path: Pat
 
 # ---- several runs as one program
 
-TOGETHER = [
-    replace(CONFIG, seed=seed, optimizer=replace(CONFIG.optimizer, learning_rate=rate))
-    for seed, rate in ((0, 0.01), (5, 0.01), (0, 0.02))
-]
+TOGETHER = [CONFIG, replace(CONFIG, seed=5, optimizer=replace(CONFIG.optimizer, learning_rate=0.02))]
 
 
 def run_together(path: Path, data: tuple, configs: Sequence[TrainConfig] = TOGETHER) -> list[TrainState | RunFailed]:
@@ -362,7 +359,7 @@ def test_runs_that_saved_unequally_go_on_from_what_all_have_to_the_same_bits(tmp
 
     def killed(self: Checkpoints, step: int, *arguments: object, **keywords: object) -> None:
         saves.append(step)
-        if len(saves) == 8:  # the second of three runs, at the third step to be saved
+        if len(saves) == 6:  # the second of two runs, at the third step to be saved
             raise Killed
         save(self, step, *arguments, **keywords)  # type: ignore[arg-type]
 
@@ -370,10 +367,10 @@ def test_runs_that_saved_unequally_go_on_from_what_all_have_to_the_same_bits(tmp
         patch.setattr(Checkpoints, "save", killed)
         with pytest.raises(Killed):
             run_together(tmp_path / "broken", data)
-    assert saves == [5, 5, 5, 10, 10, 10, 15, 15]
+    assert saves == [5, 5, 10, 10, 15, 15]
     for a, b in zip(straight, run_together(tmp_path / "broken", data), strict=True):
         assert_equal_bits(a, b)
-    for index in range(3):
+    for index in range(2):
         assert losses(tmp_path / "straight" / str(index)) == losses(tmp_path / "broken" / str(index))
     metrics = (tmp_path / "broken" / "1" / "metrics.jsonl").read_text()
     run_together(tmp_path / "broken", data)

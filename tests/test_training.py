@@ -72,8 +72,10 @@ def test_the_identity_ignores_what_may_change() -> None:
         assert replace(CONFIG, **change).identity() != CONFIG.identity()
 
 
-@pytest.mark.parametrize("optimizer", [CONFIG.optimizer, replace(CONFIG.optimizer, name="muon")])
-@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "vectorize"),
+    [(CONFIG.optimizer, False), (CONFIG.optimizer, True), (replace(CONFIG.optimizer, name="muon"), False)],
+)
 def test_a_step_of_several_runs_is_the_step_of_each(optimizer: OptimizerConfig, vectorize: bool) -> None:
     configs = [
         replace(
@@ -83,11 +85,11 @@ def test_a_step_of_several_runs_is_the_step_of_each(optimizer: OptimizerConfig, 
                 optimizer, learning_rate=factor * 0.01, muon_learning_rate=factor * optimizer.muon_learning_rate
             ),
         )
-        for seed, factor in ((0, 1.0), (3, 0.5), (7, 2.0))
+        for seed, factor in ((0, 1.0), (3, 0.5))
     ]
     states = [init_state(TINY, config) for config in configs]
-    batches = jnp.asarray(np.random.default_rng(0).integers(0, 30, (3, 4, 17)), jnp.int32)
-    step = jax.jit(make_joint_step(TINY, configs, data_mesh(3), vectorize=vectorize))
+    batches = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 4, 17)), jnp.int32)
+    step = jax.jit(make_joint_step(TINY, configs, data_mesh(2), vectorize=vectorize))
     together, metrics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), {}
     for _ in range(3):
         together, metrics = step(together, batches)

@@ -337,7 +337,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folders above it are made. So a file is there whole or not at all.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
+    temporary = path.parent / f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
