@@ -51,7 +51,7 @@ def test_a_comparison_from_its_flags_to_its_report(tmp_path: Path, capsys: pytes
     (left_out,) = results["left_out"]
     assert left_out["name"] == "sentencepiece-bpe-280"
     assert "SentencePiece" in left_out["reason"] and "left out: sentencepiece-bpe-280" in text
-    assert results["answer"] in text.replace("\n", " ").replace("  ", " ")
+    assert results["answer"] in " ".join(text.split())
 
     budget = results["budget"]["size"]
     for arm in results["arms"]:
