@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import zlib
@@ -23,8 +24,8 @@ from jaxlm.tokenizers.base import InputError
 
 State = TypeVar("State")
 
-# orbax tells through absl's logger about every file that it writes, and warns about defaults.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# orbax tells through absl's logger about every file that it writes, warns about defaults, and prints what it raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _METRIC = "bits_per_byte"
 _FORMAT = 1
@@ -32,6 +33,10 @@ _FORMAT = 1
 
 class BrokenCheckpoint(Exception):
     """A checkpoint can't be read, and has been set aside. The message is one sentence."""
+
+
+class SaveFailed(Exception):
+    """A checkpoint couldn't be written; those before it are as they were. The message is one sentence."""
 
 
 class _Changed(Exception):
@@ -64,7 +69,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps of all checkpoints. Waits for a save in progress."""
-        self._checkpointer.wait()
+        self.wait()
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     @property
@@ -89,11 +94,16 @@ class Checkpoints:
                 self._checkpointer.delete(later)
 
     def save(self, step: int, state: Any, record: dict[str, Any], *, bits_per_byte: float | None = None) -> None:
-        """Copies the state and writes it in the background. An error of the save before is raised here."""
-        self._checkpointer.wait()
+        """Copies the state and writes it in the background.
+
+        Raises:
+          SaveFailed: it can't be written, or the one before it couldn't be.
+        """
+        self.wait()
         metrics = None if bits_per_byte is None else {_METRIC: bits_per_byte}
         kept = {"format": _FORMAT, "record": record, "checksums": _checksums(state)}
-        self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=kept, force=True)
+        with self._saving():
+            self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=kept, force=True)
 
     def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
         """The checkpoint of a step, or the newest: its state, laid out as `abstract_state` says, and its record.
@@ -125,10 +135,30 @@ class Checkpoints:
         # Before there were checksums, the record was all that was kept.
         return state, kept["record"] if "checksums" in kept else kept
 
+    def wait(self) -> None:
+        """Waits until all is written. Raises SaveFailed if it couldn't be."""
+        with self._saving():
+            self._checkpointer.wait()
+
     def close(self) -> None:
-        """Waits until all is written."""
-        self._checkpointer.wait()
-        self._checkpointer.close()
+        """Waits until all is written. Raises SaveFailed if it couldn't be."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors with the number in their text
+            found = re.search(r"os_error_code='(\d+)'", str(error))
+            number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+            if number is None:
+                raise
+            raise SaveFailed(
+                f"A checkpoint couldn't be written to {self._directory}: {os.strerror(number)}."
+            ) from error
 
     def _set_aside(self, step: int, reason: str) -> None:
         self._broken.mkdir(exist_ok=True)

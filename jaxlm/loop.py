@@ -7,6 +7,7 @@ as one program over a stack of states, and each still leaves a run directory of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -21,10 +22,11 @@ import jax
 import numpy as np
 
 from jaxlm.attention import check_implementation, default_implementation
-from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract
+from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, SaveFailed, abstract, saved_steps
 from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.evaluation import Evaluation, evaluate
+from jaxlm.faults import Faults, Rewind
 from jaxlm.model import ModelConfig, Params, count_parameters, flops_per_token
 from jaxlm.parallel import batch_sharding, check_compute_type, data_mesh, one_at_a_time, peak_flops, replicated
 from jaxlm.progress import Figures, Reporter, TerminalReporter
@@ -51,7 +53,8 @@ def train(run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelCon
     Raises:
       InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run,
         a run that has more steps already, or another process that trains it.
-      RunFailed: the loss, the gradients, the weights or the held-out loss are no longer finite.
+      RunFailed: a step was at fault, and the policy is to stop, or ten were in a row; the held-out loss isn't finite;
+        or writing failed.
       RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
     (state,) = train_together([run], tokenizer, data, model, [config], TerminalReporter())
@@ -72,9 +75,11 @@ def train_together(
 
     Each run has batches, dropout, metrics and checkpoints of its own, and ends as it would have alone but for rounding.
     The runs are divided among the devices, which have to divide their number; the seconds of training are divided among
-    them too. A run that diverges leaves its RunFailed in its place, and the others go on.
+    them too. A run that diverges leaves its RunFailed in its place, and the others go on. They can't be rewound.
     """
     config, count = configs[0], len(runs)
+    if count > 1 and config.on_fault == "rewind":
+        raise ValueError("Runs that train together don't go back to a checkpoint together.")
     mesh = data_mesh(config.batch_size if count == 1 else count)
     check_compute_type(config.compute_type)
     check_implementation(config.attention, config.compute_type, model.dropout)
@@ -85,14 +90,15 @@ def train_together(
     ]
     step = make_train_step(model, config, mesh) if count == 1 else make_joint_step(model, configs, mesh)
     loops: list[_Loop] = []
-    try:
+    with _all_written(runs), contextlib.ExitStack() as stack:
+        stack.callback(reporter.end)
         for run in runs:
+            stack.callback(run.close)
             run.start(tokenizer, environment([str(device) for device in jax.devices()]))
         clock = _Clock()
-        loops = [
-            _Loop(run, tokenizer, data, model, each, clock, (index, count), reporter)
-            for index, (run, each) in enumerate(zip(runs, configs, strict=True))
-        ]
+        for index, (run, each) in enumerate(zip(runs, configs, strict=True)):
+            loops.append(_Loop(run, tokenizer, data, model, each, clock, (index, count), reporter))
+            stack.callback(loops[-1].checkpoints.close)
         first, states = _resume(loops, everywhere)
         if first > config.steps:
             raise InputError(
@@ -107,33 +113,66 @@ def train_together(
             rows = zip(*(stream[start:stop].to_iter_dataset(options) for stream in streams), strict=True)
             return (jax.device_put(_stacked(row), divided) for row in rows)
 
-        state = jax.device_put(_stacked(states), divided if count > 1 else everywhere)
-        del states
-        compiled = jax.jit(step, donate_argnums=0).lower(state, next(batches(first, first + 1))).compile()
+        def placed(rows: Sequence[Any]) -> Any:
+            return jax.device_put(_stacked(rows), divided if count > 1 else everywhere)
+
+        limits_of = functools.lru_cache(maxsize=1)(lambda *values: placed([np.float32(value) for value in values]))
+        inputs = placed(states), next(batches(first, first + 1)), limits_of(*[math.inf] * count)
+        compiled = jax.jit(step, donate_argnums=0).lower(*inputs).compile()
+        del inputs
         facts = _Facts(model, config)
-        for loop in loops:
-            loop.begin(facts.utilization)
         reporter.begin(first, config.steps, facts.lines)
-        clock.start()
-        with _Signals() as signals:
-            for batch in batches(first, config.steps):
-                state, metrics = compiled(state, batch)
+
+        def advance(states: list[TrainState], signals: _Signals) -> Any:
+            """Takes all steps that are left, or those until a signal."""
+            state = placed(states)
+            states.clear()
+            for loop in loops:
+                loop.begin(facts.utilization)
+            clock.start()
+            for batch in batches(loops[0].step, config.steps):
+                limits = limits_of(*(loop.faults.limit(loop.step + 1) for loop in loops))
+                state, metrics = compiled(state, batch, limits)
                 one_at_a_time(mesh, metrics)
                 stop = signals.received
                 for index, loop in enumerate(loops):
                     loop.after_step(partial(_part, state, index, count, everywhere), metrics, stop=stop)
                 if stop or all(loop.failure for loop in loops):
                     break
+            return state
+
+        with _Signals() as signals:
+            state = None
+            while state is None:
+                try:
+                    state = advance(states, signals)
+                except Rewind:
+                    _, states = _resume(loops, everywhere)
             # The last step is saved however it came to be the last.
             if signals.received and not all(loop.failure for loop in loops):
                 raise RunInterrupted(f"Interrupted after step {max(loop.step for loop in loops)}, which is saved.")
         return [loop.failure or _part(state, index, count, everywhere) for index, loop in enumerate(loops)]
-    finally:
-        reporter.end()
-        for loop in loops:
-            loop.checkpoints.close()
-        for run in runs:
-            run.close()
+
+
+@contextlib.contextmanager
+def _all_written(runs: Sequence[Run]) -> Iterator[None]:
+    """Says of a run directory that can't be written any more what is left.
+
+    Raises:
+      RunFailed: so it is.
+    """
+    try:
+        yield
+    except (SaveFailed, OSError) as error:
+        if isinstance(error, OSError):
+            if not any(str(error.filename).startswith(str(run.path)) for run in runs):
+                raise
+            problem = f"Writing to {error.filename} failed: {error.strerror}."
+        else:
+            problem = str(error)
+        saved = max(set.intersection(*(saved_steps(run.path / "checkpoints") for run in runs)), default=None)
+        left = "No checkpoint had been saved" if saved is None else f"The checkpoint of step {saved} is kept"
+        raise RunFailed(f"{problem} {left}; mend that, and run the same command again.") from error
 
 
 def _stacked(rows: Sequence[Any]) -> Any:
@@ -209,6 +248,7 @@ class _Loop:
         self.best = math.inf
         self.tokens_per_second = math.nan
         self.failure: RunFailed | None = None
+        self.faults = Faults(config.on_fault, config.spike_factor)
 
     @property
     def seconds(self) -> float:
@@ -216,15 +256,19 @@ class _Loop:
 
     def resume(self, step: int, sharding: jax.sharding.Sharding) -> TrainState:
         """The state after `step` steps, and the logs as they were then."""
+        self.step = step
+        self.pending = self.held_out = None
         if not step:
+            self.seconds_before, self.best = 0.0, math.inf
             self.checkpoints.forget_after(0)
             self.run.rewind({}, 0)
+            self.faults.restore({})
             return jax.device_put(init_state(self.model, self.config), sharding)
         shapes = jax.eval_shape(partial(init_state, self.model, self.config))
         state, record = self.checkpoints.restore(abstract(shapes, sharding), step)
         if step == self.config.steps and is_finished(self.run, self.config):
             return state
-        self.step = step
+        self.faults.restore(record.get("faults", {}))
         self.seconds_before = record["seconds"]
         self.best = record["best"] or math.inf
         self.checkpoints.forget_after(step)
@@ -273,6 +317,7 @@ class _Loop:
                 "seconds": self.seconds,
                 "best": self.best if math.isfinite(self.best) else None,
                 "log_sizes": self.run.log_sizes(),
+                "faults": self.faults.record(),
             }
             self.checkpoints.save(
                 self.step, state, record, bits_per_byte=None if evaluation is None else evaluation.bits_per_byte
@@ -285,24 +330,41 @@ class _Loop:
         step, metrics = self.pending
         self.pending = None
         values = {name: np.asarray(value).reshape(-1)[self.index].item() for name, value in metrics.items()}
-        if not all(math.isfinite(values[name]) for name in ("train/loss", "grad_norm", "weight_norm")):
-            self._fail(step, f"loss {values['train/loss']}, gradient norm {values['grad_norm']}")
+        skipped = values.pop("skipped")
+        if skipped:
+            self._fault(step, values)
+        else:
+            self.faults.good(step, values["train/loss"])
         loss = values["train/loss"]
         bits_per_byte = loss / math.log(2) / self.data.train.bytes_per_token
         self.reporter.progress(self.index, Figures(step, loss, bits_per_byte, self.held_out, self.tokens_per_second))
-        if step % self.config.log_every == 0 or step == self.config.steps:
+        if not skipped and (step % self.config.log_every == 0 or step == self.config.steps):
             steps, seconds = step - self.last_log[0], self.seconds - self.last_log[1]
             self.tokens_per_second = steps * self.tokens_per_step / seconds
             self.last_log = (step, self.seconds)
             speed = {"tokens_per_second": self.tokens_per_second, "mfu": self.tokens_per_second * self.utilization}
             self._log(step, **values, **speed)
 
+    def _fault(self, step: int, values: dict[str, float]) -> None:
+        """Logs a step that left the model as it was, and stops or goes back if that is the policy."""
+        self._log(step, **values, skipped=1, batch=step - 1)
+        norms = f"gradient norm {values['grad_norm']:.4g}, weight norm {values['weight_norm']:.4g}"
+        figures = f"batch {step - 1}, loss {values['train/loss']:.4g}, {norms}"
+        try:
+            if not self.faults.skip(step):
+                self._fail(step, figures)
+        except Rewind:
+            console.print(f"Step {step} was at fault ({figures}): back to the last checkpoint.", style="yellow")
+            raise
+        console.print(f"Step {step} was skipped ({figures}).", style="yellow")
+
     def _fail(self, step: int, figures: str) -> NoReturn:
         saved = self.checkpoints.latest_step
         raise RunFailed(
             f"The run diverged at step {step} ({figures}); "
             + (f"the checkpoint of step {saved} is kept; " if saved else "no checkpoint had been saved; ")
-            + "start again in another --workdir with a lower learning rate, or with --clip-norm 1."
+            + "start again in another --workdir with a lower learning rate or with --clip-norm 1, or go on in this one "
+            "with --on-fault skip."
         )
 
     def _log(self, step: int, **values: float) -> None:
@@ -350,13 +412,13 @@ class _Clock:
         return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        self._before, self._started = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         self._before, self._started = self.seconds, None
         yield
-        self.start()
+        self._started = time.perf_counter()
 
 
 class _Signals:

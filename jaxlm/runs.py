@@ -102,6 +102,9 @@ class Run:
             path = self.path / name
             if path.exists():
                 os.truncate(path, min(path.stat().st_size, log_sizes.get(name, 0)))
+        (self.path / FAILED_FILE).unlink(missing_ok=True)
+        if self._board is not None:
+            self._board.close()
         self._board = tensorboardX.SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def fail(self, reason: str) -> None:
@@ -215,8 +218,16 @@ def environment(devices: list[str]) -> dict[str, Any]:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    """Appends lines, all or none of them."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as error:
+            file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxlm.attention import Implementation
 from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract
 from jaxlm.evaluation import token_nats
+from jaxlm.faults import Policy
 from jaxlm.model import ModelConfig, Params, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxlm.parallel import batch_sharding, mean_gradients
@@ -29,6 +30,7 @@ from jaxlm.runs import read_config
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
 
 Metrics = dict[str, jax.Array]
+Step = Callable[..., tuple["TrainState", Metrics]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class TrainConfig:
     sample_prompt: str = ""  # what they begin with
     checkpoint_every: int = 500  # steps between checkpoints; an evaluation that is the best so far is saved too
     keep_checkpoints: int = 2  # latest ones, beside the best
+    on_fault: Policy = "stop"  # or skip, or rewind: what to do about a step that isn't finite, or jumps
+    spike_factor: float | None = None  # a loss over so many times the mean of the last 100 is a jump
     compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and their updates are float32
     attention: Implementation | None = None  # reference, blocks or cudnn; None takes the best that the device has
 
@@ -60,6 +64,10 @@ class TrainConfig:
             raise InputError(f"The seed is from 0 to 4294967295, not {self.seed}.")
         if self.compute_type not in ("float32", "bfloat16"):
             raise InputError(f"The compute type is float32 or bfloat16, not {self.compute_type!r}.")
+        if self.on_fault not in get_args(Policy):
+            raise InputError(f"on_fault is one of {', '.join(get_args(Policy))}, not {self.on_fault!r}.")
+        if self.spike_factor is not None and not (math.isfinite(self.spike_factor) and self.spike_factor > 1):
+            raise InputError(f"The spike factor is a number above 1, not {self.spike_factor}.")
         learning_rate_schedule(self.optimizer, self.steps)
 
     def identity(self) -> dict[str, Any]:
@@ -76,7 +84,7 @@ class TrainConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. `step` is the number of completed updates, int32."""
+    """All that a step changes. `step` is the number of completed steps, int32."""
 
     step: jax.Array
     params: Params
@@ -90,21 +98,23 @@ def init_state(model: ModelConfig, config: TrainConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer_state)
 
 
-def make_train_step(
-    model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
-    """The pure function (state, int batch of shape (B, T + 1)) -> (state, metrics), the batch divided along a mesh.
+def make_train_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) -> Step:
+    """The pure function (state, int batch of shape (B, T + 1), limit) -> (state, metrics), the batch divided on a mesh.
 
-    Metrics: `train/loss` in nats per target, `grad_norm` and `learning_rate` of the update; `weight_norm` after it.
+    A step whose loss is above the limit (infinity by default), or whose loss, gradients or weights aren't finite,
+    leaves all but its count and the schedule of the learning rate as it was.
+
+    Metrics: `train/loss` in nats per target, `grad_norm` and `learning_rate` of the update, `weight_norm` after it, and
+    whether the update was `skipped`.
     """
     step = _make_step(model, config, mesh)
     dropout_key = random_key(config.seed, "dropout")
-    return lambda state, batch: step(state, batch, dropout_key, 1.0)
+    return lambda state, batch, limit=math.inf: step(state, batch, limit, dropout_key, 1.0)
 
 
 def make_joint_step(
     model: ModelConfig, configs: Sequence[TrainConfig], mesh: Mesh, *, vectorize: bool | None = None
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+) -> Step:
     """The step of several runs that differ in seed and learning rate alone, along a new first axis of all its arrays.
 
     The runs are divided among the devices of the mesh.
@@ -131,28 +141,35 @@ def make_joint_step(
     step = _make_step(model, configs[0])
     keys = jnp.stack([jax.random.key_data(random_key(config.seed, "dropout")) for config in configs])
 
-    def one(run: tuple[TrainState, jax.Array, jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
-        state, batch, key, factor = run
-        return step(state, batch, jax.random.wrap_key_data(key), factor)
+    def one(run: tuple[TrainState, jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
+        state, batch, limit, key, factor = run
+        return step(state, batch, limit, jax.random.wrap_key_data(key), factor)
 
     def local(*runs: Any) -> tuple[TrainState, Metrics]:
         return jax.vmap(one)(runs) if vectorize else jax.lax.map(one, runs)
 
     among = batch_sharding(mesh).spec
     divided = jax.shard_map(local, mesh=mesh, in_specs=among, out_specs=among, check_vma=False)
-    return lambda states, batches: divided(states, batches, keys, jnp.array(factors, jnp.float32))
+    unlimited = jnp.full(len(configs), math.inf)
+    return lambda states, batches, limits=unlimited: divided(
+        states, batches, limits, keys, jnp.array(factors, jnp.float32)
+    )
 
 
 def _make_step(
     model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None
-) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array | float], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step as a function of the key of dropout and of a factor of all learning rates, too."""
     optimizer = make_optimizer(config.optimizer, config.steps, mesh)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     loss = partial(loss_function, model, compute_type=config.compute_type, attention=config.attention)
 
     def train_step(
-        state: TrainState, batch: jax.Array, dropout_key: jax.Array, factor: jax.Array | float
+        state: TrainState,
+        batch: jax.Array,
+        limit: jax.Array | float,
+        dropout_key: jax.Array,
+        factor: jax.Array | float,
     ) -> tuple[TrainState, Metrics]:
         keys_B = None
         if model.dropout:
@@ -167,9 +184,26 @@ def _make_step(
             "weight_norm": optax.tree.norm(params),
             "learning_rate": factor * jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        good = train_loss <= limit
+        for name in ("train/loss", "grad_norm", "weight_norm"):
+            good &= jnp.isfinite(metrics[name])
+        metrics["skipped"] = ~good
+        updated, before = (params, optimizer_state), (state.params, state.optimizer_state)
+        return TrainState(state.step + 1, *_updated_if(good, updated, before)), metrics
 
     return train_step
+
+
+def _updated_if(good: jax.Array, updated: Any, before: Any) -> Any:
+    """One pytree or the other; but the schedule of the learning rate goes on with the steps in any case."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_schedule(new) else jnp.where(good, new, old)
+
+    return jax.tree.map(choose, updated, before, is_leaf=is_schedule)
 
 
 def loss_function(
