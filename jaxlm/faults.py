@@ -73,8 +73,8 @@ class Faults:
         return True
 
     def record(self) -> dict[str, Any]:
-        """What is to be kept with a checkpoint; JSON-able."""
-        return {"skipped": self.skipped, "passed_over": sorted(self._passed_over), "losses": list(self._losses)}
+        """What is to be kept with a checkpoint, which is written while the run goes on; JSON-able."""
+        return {"skipped": list(self.skipped), "passed_over": sorted(self._passed_over), "losses": list(self._losses)}
 
     def restore(self, record: dict[str, Any]) -> None:
         """As things were at a checkpoint, but for steps that the run has gone back for since then."""

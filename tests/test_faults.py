@@ -67,3 +67,12 @@ def test_rewind_gives_up_after_ten_in_a_row() -> None:
             faults.skip(step)
         faults.restore({})
     assert not faults.skip(10)
+
+
+def test_a_record_stays_as_it_was_while_it_is_written() -> None:
+    faults = Faults("skip", 1.5)
+    faults.skip(3)
+    record = faults.record()
+    faults.skip(4)
+    faults.good(5, 1.0)
+    assert record == {"skipped": [3], "passed_over": [], "losses": []}

@@ -6,14 +6,17 @@ import json
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import loop
 from jaxlm.checkpoints import Checkpoints
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenizedCorpus, survey_corpus, tokenize_corpus
@@ -387,3 +390,102 @@ def test_a_run_that_diverges_leaves_the_others_alone(tmp_path: Path, data: tuple
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
     with pytest.raises(RunFailed, match="diverged"):
         run_training(tmp_path / "wild", data, wild)
+
+
+# ---- steps at fault
+
+
+def fault_at(patch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Lets no loss be low enough in these steps, whatever the batch."""
+    make = loop.make_train_step
+
+    def make_faulty(*arguments: Any) -> Callable[..., Any]:
+        step = make(*arguments)
+
+        def faulty(state: TrainState, batch: jax.Array, limit: jax.Array) -> Any:
+            return step(state, batch, jnp.where(jnp.isin(state.step + 1, jnp.array(steps)), -math.inf, limit))
+
+        return faulty
+
+    patch.setattr(loop, "make_train_step", make_faulty)
+
+
+def kept_record(path: Path) -> dict[str, Any]:
+    """The newest checkpoint's record."""
+    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
+    _, record = checkpoints.restore(jax.eval_shape(lambda: init_state(TINY, CONFIG)))
+    checkpoints.close()
+    return record
+
+
+def test_a_fault_stops_the_run_with_its_figures_and_the_run_can_go_on_without_the_step(
+    tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault_at(monkeypatch, 8)
+    with pytest.raises(RunFailed, match=r"step 8 \(batch 7, loss .*, gradient norm .*the checkpoint of step 5 is kept"):
+        run_training(tmp_path / "run", data, CONFIG)
+    last = read_metrics(tmp_path / "run")[-1]
+    assert (last["step"], last["skipped"], last["batch"]) == (8, 1, 7)
+    assert last["grad_norm"] > 0
+    assert open_run(tmp_path / "run", data[2]).failure is not None
+    skipping = replace(CONFIG, on_fault="skip")
+    resumed = run_training(tmp_path / "run", data, skipping)
+    assert open_run(tmp_path / "run", data[2]).failure is None
+    assert_equal_bits(resumed, run_training(tmp_path / "straight", data, skipping))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_a_skipped_batch_is_one_that_was_never_there_and_rewinding_ends_alike(
+    tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault_at(monkeypatch, 3, 12, 13)
+    ends = {}
+    for policy in ("skip", "rewind"):
+        ends[policy] = run_training(tmp_path / policy, data, replace(CONFIG, on_fault=policy))  # type: ignore[arg-type]
+        lines = read_metrics(tmp_path / policy)
+        assert [(line["step"], line["batch"]) for line in lines if line.get("skipped")] == [(3, 2), (12, 11), (13, 12)]
+        assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 21)), "each step once"
+        assert kept_record(tmp_path / policy)["faults"]["skipped"] == [3, 12, 13]
+    assert_equal_bits(ends["skip"], ends["rewind"])
+    assert losses(tmp_path / "skip") == losses(tmp_path / "rewind")
+    samples = [(tmp_path / policy / "samples.txt").read_bytes() for policy in ends]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("stops", [[7], [21, 26, 33]])
+def test_what_counts_as_a_jump_is_the_same_after_a_resume(tmp_path: Path, data: tuple, stops: list[int]) -> None:
+    optimizer = OptimizerConfig(learning_rate=1e-7)  # so slow that every other loss is over the mean
+    config = replace(CONFIG, steps=40, on_fault="skip", spike_factor=1.001, optimizer=optimizer)
+    straight = run_training(tmp_path / "straight", data, config)
+    skipped = [line["step"] for line in read_metrics(tmp_path / "straight") if line.get("skipped")]
+    assert skipped, "or there is nothing to see"
+    assert len(skipped) < 15
+    for step in stops:
+        run = open_run(tmp_path / "run", data[2], config)
+        log = run.log
+
+        def killed(number: int, *, step: int = step, log: Callable[..., None] = log, **values: float) -> None:
+            if number == step:
+                raise KeyboardInterrupt
+            log(number, **values)
+
+        run.log = killed  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            train(run, data[0], data[1], TINY, config)
+    assert_equal_bits(straight, run_training(tmp_path / "run", data, config))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_ten_faults_in_a_row_stop_the_run_whatever_the_policy(
+    policy: str, tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault_at(monkeypatch, *range(6, 21))
+    with pytest.raises(RunFailed, match="diverged at step 15 "):
+        run_training(tmp_path / "run", data, replace(CONFIG, on_fault=policy))  # type: ignore[arg-type]
+    assert open_run(tmp_path / "run", data[2]).failure is not None
+
+
+def test_runs_that_train_together_cannot_be_rewound(tmp_path: Path, data: tuple) -> None:
+    with pytest.raises(ValueError, match="don't go back"):
+        run_together(tmp_path, data, [replace(config, on_fault="rewind") for config in TOGETHER])

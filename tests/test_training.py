@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +65,19 @@ def test_settings_out_of_range_are_refused(field: str, value: int) -> None:
         TrainConfig(**{field: value})
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5, -2.0, math.nan, math.inf])
+def test_a_policy_or_spike_factor_that_makes_no_sense_is_refused(factor: float) -> None:
+    with pytest.raises(InputError, match="spike factor"):
+        TrainConfig(spike_factor=factor)
+    with pytest.raises(InputError, match="one of stop, skip, rewind, not 'ignore'"):
+        TrainConfig(on_fault="ignore")  # type: ignore[arg-type]
+
+
 def test_the_identity_ignores_what_may_change() -> None:
     free = replace(
-        CONFIG, log_every=7, eval_every=3, eval_documents=5, sample_every=9, checkpoint_every=2, keep_checkpoints=9
-    )
+        CONFIG, log_every=7, eval_every=3, eval_documents=5, sample_every=9, checkpoint_every=2, keep_checkpoints=9,
+        on_fault="skip", spike_factor=2.0,
+    )  # fmt: skip
     assert free.identity() == CONFIG.identity()
     for change in ({"seed": 5}, {"batch_size": 8}, {"optimizer": OptimizerConfig()}, {"steps": 21}):
         assert replace(CONFIG, **change).identity() != CONFIG.identity()
@@ -108,3 +119,48 @@ def test_runs_that_differ_in_more_than_seed_and_rate_are_no_joint_step() -> None
     for other in (replace(CONFIG, batch_size=8), replace(CONFIG, optimizer=replace(CONFIG.optimizer, beta1=0.5))):
         with pytest.raises(ValueError, match="differ in seed"):
             make_joint_step(TINY, [CONFIG, other], data_mesh(2))
+
+
+# ---- a step at fault
+
+BATCH = jnp.asarray(np.random.default_rng(1).integers(0, 30, (4, 17)), jnp.int32)
+
+
+def changed_leaves(before: Any, after: Any) -> list[str]:
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    return [jax.tree_util.keystr(path) for (path, a), b in pairs if np.asarray(a).tobytes() != np.asarray(b).tobytes()]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_over_the_limit_counts_and_changes_nothing_else(name: str) -> None:
+    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name=name))  # type: ignore[arg-type]
+    step = jax.jit(make_train_step(TINY, config))
+    before, metrics = step(init_state(TINY, config), BATCH)
+    assert not metrics["skipped"]
+    after, metrics = step(before, BATCH, 0.1)
+    assert metrics["skipped"]
+    # The rate goes on by its schedule, so that the next step has the rate of its own index.
+    changed = changed_leaves(before, after)
+    assert ".step" in changed
+    assert all(leaf == ".step" or leaf.endswith(".count") for leaf in changed)
+    assert [leaf for leaf in changed if ".params" in leaf or "mu" in leaf.rsplit("]", 1)[-1]] == []
+    assert float(step(after, BATCH)[1]["learning_rate"]) == float(
+        step(replace(before, step=after.step), BATCH)[1]["learning_rate"]
+    )
+    good = float(metrics["train/loss"])
+    assert not step(before, BATCH, good)[1]["skipped"], "the limit itself is allowed"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_is_not_finite_never_reaches_the_state(name: str, poison: float) -> None:
+    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name=name))  # type: ignore[arg-type]
+    state = init_state(TINY, config)
+    leaves, tree = jax.tree.flatten(state.params)
+    leaves[1] = leaves[1].at[(0,) * leaves[1].ndim].set(poison)
+    poisoned = replace(state, params=jax.tree.unflatten(tree, leaves))
+    after, metrics = jax.jit(make_train_step(TINY, config))(poisoned, BATCH)
+    if metrics["skipped"]:
+        assert changed_leaves(poisoned.params, after.params) == []
+    else:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
