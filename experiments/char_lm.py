@@ -13,34 +13,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from experiments.command_line import program
-from experiments.language_model import (
-    MODERN_MODEL,
-    MODERN_OPTIMIZER,
-    QUICK_OPTIMIZER,
-    Sampling,
-    sample_run,
-    train_and_show,
-)
-from jaxlm.data.documents import open_corpus
-from jaxlm.data.shards import survey_corpus, train_documents
+from experiments.language_model import MODERN_MODEL, MODERN_OPTIMIZER, QUICK_OPTIMIZER, LanguageModelConfig, run
 from jaxlm.model import ModelConfig
-from jaxlm.parallel import use_cores
-from jaxlm.runs import Run, recorded_devices
 from jaxlm.tokenizers import CharTokenizer
-from jaxlm.training import TrainConfig, run_identity
+from jaxlm.training import TrainConfig
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LanguageModelConfig):
     """Trains a character-level language model, or samples from one."""
 
     preset: Literal["quick", "seed", "modern"] = "quick"  # the settings that the other flags override
     workdir: str = "runs/char_lm"  # the run directory; the same command continues the run in it
-    corpus: str = "builtin"  # builtin, a file, a folder, a glob, or hf://datasets/wikimedia/wikipedia/20231101.fr
-    corpus_bytes: int | None = None  # take the first so many bytes of text
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=98))
-    training: TrainConfig = field(default_factory=TrainConfig)
-    sampling: Sampling = field(default_factory=Sampling)
 
 
 PRESETS = {
@@ -66,16 +51,9 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    if config.sampling.sample is not None:
-        sample_run(config.workdir, config.sampling, config.training.seed)
-        return
-    use_cores(config.training.batch_size, recorded_devices(config.workdir))
-    corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
-    survey = survey_corpus(corpus)
-    settings = {"kind": "char", "vocab_size": config.model.vocab_size}
-    run = Run(config.workdir, run_identity(survey.fingerprint, settings, config.model, config.training))
-    tokenizer = run.tokenizer() or CharTokenizer.train(train_documents(corpus, survey), config.model.vocab_size)
-    train_and_show(run, corpus, survey, tokenizer, config.model, config.training)
+    vocab_size = config.model.vocab_size
+    settings = {"kind": "char", "vocab_size": vocab_size}
+    run(config, settings, lambda documents: CharTokenizer.train(documents, vocab_size))
 
 
 if __name__ == "__main__":

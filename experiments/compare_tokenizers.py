@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -296,7 +295,7 @@ def about(config: Config, corpus: Corpus, survey: Survey, held_out: HeldOut, bud
     return {
         "title": "What does the tokenizer change?",
         "command": shlex.join(["python", "-m", "experiments.compare_tokenizers", *sys.argv[1:]]),
-        "git_commit": git_commit(),
+        "git_commit": machine.pop("git_commit"),
         "config": asdict(config),
         "machine": {"devices": machine.pop("devices"), "cores": machine.pop("cores")},
         "versions": machine,
@@ -313,16 +312,6 @@ def about(config: Config, corpus: Corpus, survey: Survey, held_out: HeldOut, bud
         "context_unit": config.context_unit,
         "seeds": list(range(config.training.seed, config.training.seed + config.seeds)),
     }
-
-
-def git_commit() -> str | None:
-    """The commit of the code, with "+" if it was changed since; None outside a clone."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
 
 
 def plan_table(config: Config, arms: Sequence[Arm], budget: float) -> Table:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlm.data.documents import Corpus
-from jaxlm.data.shards import Survey, TokenizedCorpus, tokenize_corpus
+from jaxlm.checkpoints import saved_steps
+from jaxlm.data.documents import Corpus, open_corpus
+from jaxlm.data.shards import Survey, TokenizedCorpus, survey_corpus, tokenize_corpus, train_documents
 from jaxlm.loop import evaluate_run, train
 from jaxlm.model import ModelConfig, init
 from jaxlm.optimizers import OptimizerConfig
+from jaxlm.parallel import use_cores
 from jaxlm.progress import share_progress
 from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
-from jaxlm.runs import Run, console, read_metrics
+from jaxlm.runs import Acceptable, console, read_metrics, recorded_devices
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
-from jaxlm.training import TrainConfig, load_trained
+from jaxlm.training import TrainConfig, load_trained, load_warm_start, open_run
 
 # For runs of minutes: between two rates, 2e-3 and 4e-3, that scored alike. The seed recipe is the default.
 QUICK_OPTIMIZER = OptimizerConfig(
@@ -76,18 +80,52 @@ class Sampling:
             raise InputError(f"num_tokens is at least 1, not {self.num_tokens}.")
 
 
-def train_and_show(
-    run: Run, corpus: Corpus, survey: Survey, tokenizer: Tokenizer, model: ModelConfig, config: TrainConfig
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """What a run is: a text, a model, its training, and where all of it is kept."""
+
+    model: ModelConfig
+    workdir: str  # the run directory; the same command continues the run in it
+    corpus: str = "builtin"  # builtin, a file, a folder, a glob, or hf://datasets/wikimedia/wikipedia/20231101.fr
+    corpus_bytes: int | None = None  # take the first so many bytes of text
+    training: TrainConfig = field(default_factory=TrainConfig)
+    warm_start: str | None = None  # begin with the tokenizer and the parameters of the run in this directory
+    accept: tuple[Acceptable, ...] = ()  # go on in a run whose corpus or tokenizer was another one until now
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def run(
+    config: LanguageModelConfig, settings: dict[str, Any], train_tokenizer: Callable[[Iterator[str]], Tokenizer]
 ) -> None:
-    """Trains to the end (or on, if the run is there), scores all held-out text, and draws the learning curve."""
+    """Trains to the end (or on, if the run is there), scores all held-out text, and draws; or only samples.
+
+    Args:
+      settings: what the tokenizer is determined by, beside the training documents.
+      train_tokenizer: makes it from them, for a new run.
+    """
+    if config.sampling.sample is not None:
+        sample_run(config.workdir, config.sampling, config.training.seed)
+        return
+    use_cores(config.training.batch_size, recorded_devices(config.workdir))
+    corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
+    survey = survey_corpus(corpus)
+    run = open_run(
+        config.workdir, survey.fingerprint, settings, config.model, config.training,
+        warm_start=config.warm_start, accept=config.accept,
+    )  # fmt: skip
+    tokenizer, params = run.tokenizer(), None
+    if config.warm_start is not None and not saved_steps(run.path / "checkpoints"):
+        tokenizer, params = load_warm_start(config.warm_start, settings, config.model)
+    tokenizer = tokenizer or train_tokenizer(train_documents(corpus, survey))
     console.print(f"{survey.documents:,} documents, {survey.bytes:,} bytes, the last 10 % held out")
     data = tokenize(corpus, survey, tokenizer)
     console.print(
         f"{tokenizer.kind} tokenizer: {tokenizer.vocab_size:,} ids, {data.train.bytes_per_token:.3f} bytes per token, "
         f"{len(data.train):,} training tokens"
     )
-    console.print(parameters_of(model))
-    train_run(run, tokenizer, data, model, config)
+    console.print(parameters_of(config.model))
+    state = train(run, tokenizer, data, config.model, config.training, params)
+    evaluate_run(run, tokenizer, data, config.model, config.training, state)
     figure = run.path / "learning_curve.png"
     metrics = read_metrics(run.path)
     learning_curve(metrics, figure, title=f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids")
@@ -105,12 +143,6 @@ def tokenize(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> TokenizedC
     with share_progress("tokenizing", survey.bytes) as progress:
         advance = partial(progress.advance, progress.task_ids[0])
         return tokenize_corpus(corpus, survey, tokenizer, on_document=advance)
-
-
-def train_run(run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelConfig, config: TrainConfig) -> None:
-    """Trains and evaluates one run, whatever of it is done already."""
-    state = train(run, tokenizer, data, model, config)
-    evaluate_run(run, tokenizer, data, model, config, state)
 
 
 def parameters_of(model: ModelConfig) -> Table:

@@ -21,7 +21,7 @@ from jaxlm.loop import RunFailed, evaluate_run, is_finished, train_together
 from jaxlm.progress import LiveTable, Reporter
 from jaxlm.runs import Run, read_metrics
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import TrainConfig, run_identity
+from jaxlm.training import TrainConfig, open_run
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,7 @@ def train_arm(
         training = at_rate(arm.training, factor)
         configs = [replace(training, seed=seed) for seed in seeds]
         runs = [
-            Run(
-                seed_folder(folder, factor, config.seed),
-                run_identity(fingerprint, arm.made.settings, arm.model, config),
-            )
+            open_run(seed_folder(folder, factor, config.seed), fingerprint, arm.made.settings, arm.model, config)
             for config in configs
         ]
         failures = train_runs(arm, arm.data, runs, configs, most_together, table.reporter(arm.spec.name))
@@ -144,7 +141,7 @@ def grid_runs(
     configs = [at_rate(short, factor) for factor in factors]
     settings = {**arm.made.settings, "part": "validation"}
     runs = [
-        Run(folder / f"{factor:g}", run_identity(fingerprint, settings, arm.model, config))
+        open_run(folder / f"{factor:g}", fingerprint, settings, arm.model, config)
         for factor, config in zip(factors, configs, strict=True)
     ]
     tokens = arm.data.for_validation().train

@@ -105,35 +105,50 @@ class Checkpoints:
         with self._saving():
             self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=kept, force=True)
 
-    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
-        """The checkpoint of a step, or the newest: its state, laid out as `abstract_state` says, and its record.
+    def record(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of a step. For errors see `restore`."""
+        kept = self._kept(step)
+        # Before there were checksums, the record was all that was kept.
+        return kept["record"] if "checksums" in kept else kept
+
+    def restore(self, abstract_state: State, step: int) -> State:
+        """The state of a step, laid out as `abstract_state` says.
 
         Raises:
           BrokenCheckpoint: it can't be read, or an array differs from what was saved. It has been set aside, so that
             the one before it is the newest now.
           InputError: it was written by a newer version of this code.
         """
-        step = self.latest_step if step is None else step
-        assert step is not None
-        with _no_more_than_the_exception():
-            try:
-                kept = self._checkpointer.metadata(step).custom_metadata
-                assert isinstance(kept, dict)
-                if kept.get("format", 0) > _FORMAT:
-                    raise InputError(f"{self._directory / str(step)} was written by a newer jaxlm; use that one.")
-                state = self._checkpointer.load(step, abstract_state)
-                if "checksums" in kept:
-                    changed = [name for name, sum_ in _checksums(state).items() if kept["checksums"].get(name) != sum_]
-                    if changed:
-                        raise _Changed(f"the array {changed[0]} isn't what was saved")
-            except (InputError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
-                raise
-            except Exception as error:  # orbax and tensorstore raise all kinds for damaged files
-                self._set_aside(step, str(error) if isinstance(error, _Changed) else "its files are damaged")
-                self._checkpointer.reload()
-                raise BrokenCheckpoint(self._notices[-1]) from None
-        # Before there were checksums, the record was all that was kept.
-        return state, kept["record"] if "checksums" in kept else kept
+        sums = self._kept(step).get("checksums")
+        with self._setting_aside(step):
+            state = self._checkpointer.load(step, abstract_state)
+            changed = [
+                name for name, found in _checksums(state).items() if sums is not None and sums.get(name) != found
+            ]
+            if changed:
+                raise _Changed(f"the array {changed[0]} isn't what was saved")
+        return state
+
+    def _kept(self, step: int) -> dict[str, Any]:
+        self.wait()
+        with self._setting_aside(step):
+            kept = self._checkpointer.metadata(step).custom_metadata
+            assert isinstance(kept, dict)
+            if kept.get("format", 0) > _FORMAT:
+                raise InputError(f"{self._directory / str(step)} was written by a newer jaxlm; use that one.")
+            return kept
+
+    @contextlib.contextmanager
+    def _setting_aside(self, step: int) -> Iterator[None]:
+        try:
+            with _no_more_than_the_exception():
+                yield
+        except (InputError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # orbax and tensorstore raise all kinds for damaged files
+            self._set_aside(step, str(error) if isinstance(error, _Changed) else "its files are damaged")
+            self._checkpointer.reload()
+            raise BrokenCheckpoint(self._notices[-1]) from None
 
     def wait(self) -> None:
         """Waits until all is written. Raises SaveFailed if it couldn't be."""

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -44,11 +45,19 @@ class RunInterrupted(Exception):
     """A signal stopped the run after it was saved."""
 
 
-def train(run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelConfig, config: TrainConfig) -> TrainState:
+def train(
+    run: Run,
+    tokenizer: Tokenizer,
+    data: TokenizedCorpus,
+    model: ModelConfig,
+    config: TrainConfig,
+    initial_params: Params | None = None,
+) -> TrainState:
     """Trains one run to `config.steps`, from its newest checkpoint if it has one, and returns the last state.
 
-    Nothing is written before all that can be wrong with the input has been checked. Metrics are fetched one step late,
-    so that the device has its next step before the host looks at the last one.
+    A new run begins with `initial_params`, or with random ones. Nothing is written before all that can be wrong with
+    the input has been checked. Metrics are fetched one step late, so that the device has its next step before the host
+    looks at the last one.
 
     Raises:
       InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run,
@@ -57,7 +66,7 @@ def train(run: Run, tokenizer: Tokenizer, data: TokenizedCorpus, model: ModelCon
         or writing failed.
       RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
-    (state,) = train_together([run], tokenizer, data, model, [config], TerminalReporter())
+    (state,) = train_together([run], tokenizer, data, model, [config], TerminalReporter(), initial_params)
     if isinstance(state, RunFailed):
         raise state
     return state
@@ -70,6 +79,7 @@ def train_together(
     model: ModelConfig,
     configs: Sequence[TrainConfig],
     reporter: Reporter,
+    initial_params: Params | None = None,
 ) -> list[TrainState | RunFailed]:
     """Trains runs that differ in seed or learning rate alone, as one program; for the rest see `train`.
 
@@ -97,7 +107,7 @@ def train_together(
             run.start(tokenizer, environment([str(device) for device in jax.devices()]))
         clock = _Clock()
         for index, (run, each) in enumerate(zip(runs, configs, strict=True)):
-            loops.append(_Loop(run, tokenizer, data, model, each, clock, (index, count), reporter))
+            loops.append(_Loop(run, tokenizer, data, model, each, clock, (index, count), reporter, initial_params))
             stack.callback(loops[-1].checkpoints.close)
         first, states = _resume(loops, everywhere)
         if first > config.steps:
@@ -202,7 +212,9 @@ def _resume(loops: Sequence[_Loop], sharding: jax.sharding.Sharding) -> tuple[in
                     f"All checkpoints of {loop.run.path} are broken, and kept in its broken_checkpoints; restore one "
                     "from elsewhere, or start again in another --workdir."
                 )
-        first = max(set.intersection(*(set(loop.checkpoints.steps) for loop in loops)), default=0)
+        first = max(set.intersection(*(set(loop.checkpoints.steps) for loop in loops)), default=None)
+        if first is None:
+            return 0, [loop.begin_anew(sharding) for loop in loops]
         if first > loops[0].config.steps:
             return first, []
         with contextlib.suppress(BrokenCheckpoint):
@@ -235,10 +247,11 @@ class _Loop:
         clock: _Clock,
         place: tuple[int, int],
         reporter: Reporter,
+        initial_params: Params | None,
     ) -> None:
         self.run, self.tokenizer, self.data, self.model, self.config = run, tokenizer, data, model, config
         self.checkpoints = Checkpoints(run.path / "checkpoints", keep=config.keep_checkpoints)
-        self.clock, self.reporter = clock, reporter
+        self.clock, self.reporter, self.initial_params = clock, reporter, initial_params
         self.index, self.count = place
         self.tokens_per_step = config.batch_size * model.context
         self.step = 0
@@ -254,18 +267,35 @@ class _Loop:
     def seconds(self) -> float:
         return self.seconds_before + self.clock.seconds / self.count
 
+    def begin_anew(self, sharding: jax.sharding.Sharding) -> TrainState:
+        """The state before the first step, and empty logs."""
+        self.step, self.seconds_before, self.best = 0, 0.0, math.inf
+        self.pending = self.held_out = None
+        self.faults.restore({})
+        self.checkpoints.forget_after(-1)
+        self.run.rewind({}, 0)
+        state = init_state(self.model, self.config)
+        if self.initial_params is None:
+            return jax.device_put(state, sharding)
+        params = jax.tree.map(np.array, self.initial_params)  # the first step takes the arrays that it is given
+        state = jax.device_put(replace(state, params=params), sharding)
+        self._save(state, None)  # the run that they are from may change or go
+        return state
+
     def resume(self, step: int, sharding: jax.sharding.Sharding) -> TrainState:
-        """The state after `step` steps, and the logs as they were then."""
+        """The state after `step` steps, and the logs as they were then.
+
+        Raises:
+          BrokenCheckpoint: it can't be read, and has been set aside.
+          InputError: it is another run's.
+        """
         self.step = step
         self.pending = self.held_out = None
-        if not step:
-            self.seconds_before, self.best = 0.0, math.inf
-            self.checkpoints.forget_after(0)
-            self.run.rewind({}, 0)
-            self.faults.restore({})
-            return jax.device_put(init_state(self.model, self.config), sharding)
+        record = self.checkpoints.record(step)
+        if "run" in record:  # else it is from before checkpoints described their runs
+            self.run.check_description(record["run"], step)
         shapes = jax.eval_shape(partial(init_state, self.model, self.config))
-        state, record = self.checkpoints.restore(abstract(shapes, sharding), step)
+        state = self.checkpoints.restore(abstract(shapes, sharding), step)
         if step == self.config.steps and is_finished(self.run, self.config):
             return state
         self.faults.restore(record.get("faults", {}))
@@ -312,16 +342,18 @@ class _Loop:
             self.best = evaluation.bits_per_byte
         # Runs that train together save together, so that all can go on from a step that all have.
         if checkpoint_due or (best and self.count == 1):
-            record = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "best": self.best if math.isfinite(self.best) else None,
-                "log_sizes": self.run.log_sizes(),
-                "faults": self.faults.record(),
-            }
-            self.checkpoints.save(
-                self.step, state, record, bits_per_byte=None if evaluation is None else evaluation.bits_per_byte
-            )
+            self._save(state, None if evaluation is None else evaluation.bits_per_byte)
+
+    def _save(self, state: TrainState, bits_per_byte: float | None) -> None:
+        record = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best if math.isfinite(self.best) else None,
+            "log_sizes": self.run.log_sizes(),
+            "faults": self.faults.record(),
+            "run": self.run.description,
+        }
+        self.checkpoints.save(self.step, state, record, bits_per_byte=bits_per_byte)
 
     def _report(self) -> None:
         """Fetches the metrics of the last reported step, checks them, and writes them if their step is to be logged."""
@@ -362,7 +394,7 @@ class _Loop:
         saved = self.checkpoints.latest_step
         raise RunFailed(
             f"The run diverged at step {step} ({figures}); "
-            + (f"the checkpoint of step {saved} is kept; " if saved else "no checkpoint had been saved; ")
+            + (f"the checkpoint of step {saved} is kept; " if saved is not None else "no checkpoint had been saved; ")
             + "start again in another --workdir with a lower learning rate or with --clip-norm 1, or go on in this one "
             "with --on-fault skip."
         )

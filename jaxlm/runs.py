@@ -13,10 +13,11 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,8 @@ FAILED_FILE = "failed.json"
 _FORMAT = 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
+Acceptable = Literal["corpus", "tokenizer"]
+
 console = Console(highlight=False, emoji=False)
 if not console.is_terminal:
     console.width = 120  # tables that fit, in a file as on a screen
@@ -42,33 +45,37 @@ class Run:
     Args:
       path: the directory, which need not exist.
       identity: what makes two runs the same: JSON-able, nested; equal identities on the same machine give equal bits.
+      defaults: what stands for a part of the identity of a run from before there was that part.
+      accept: what may be another than it was when the run began.
 
     Raises:
       InputError: a run of another identity is there (the message names the fields that differ), its config can't be
         read, or the directory can't be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        identity: dict[str, Any],
+        *,
+        defaults: Mapping[str, dict[str, Any]] | None = None,
+        accept: Collection[Acceptable] = (),
+    ) -> None:
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))
+        self._defaults, self._accept = defaults or {}, accept
         self.exists = os.path.exists(self.path / CONFIG_FILE)
+        self.description: dict[str, Any] = {}  # of a started run: its identity, tokenizer and environment
         if self.exists:
-            found = read_config(self.path)["identity"]
-            differing = [
-                f"{name} ({_show(there)} there, {_show(asked)} asked for)"
-                for name, there, asked in _differences(found, self.identity)
-            ]
-            if differing:
-                raise InputError(
-                    f"{self.path} holds another run, which differs in {', '.join(differing)}; choose another --workdir "
-                    "or repeat its settings."
-                )
+            self._check_identity(read_config(self.path)["identity"], f"{self.path} holds another run, which")
         check_writable(self.path)
         self._board: tensorboardX.SummaryWriter | None = None
         self._lock: IO[str] | None = None
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of an existing run; None for a new one."""
+        """The tokenizer of an existing run; None for a new one, or if one with other settings was accepted."""
+        if not self.exists or read_config(self.path)["identity"].get("tokenizer") != self.identity.get("tokenizer"):
+            return None
         return stored_tokenizer(self.path)
 
     def start(self, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:
@@ -77,24 +84,60 @@ class Run:
         Raises:
           InputError: the run was made with another tokenizer, or another process is training it.
         """
-        config = {"version": _FORMAT, "identity": self.identity, "environment": environment}
+        self.description = {"identity": self.identity, "tokenizer_hash": tokenizer.hash, "environment": environment}
         if not self.exists:
             self.path.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.path / "tokenizer")
-            config["tokenizer_hash"] = tokenizer.hash
             self._take_lock()
-            write_json(self.path / CONFIG_FILE, config)
+            self._write_config()
             self.exists = True
             return
         self._take_lock()
         stored = read_config(self.path)
-        if stored["tokenizer_hash"] != tokenizer.hash:
-            raise InputError(
-                f"The run in {self.path} was made with the tokenizer {stored['tokenizer_hash'][:12]}, and this one is "
-                f"{tokenizer.hash[:12]}; put the right one back or choose another --workdir."
-            )
+        self._check_tokenizer(stored["tokenizer_hash"], f"The run in {self.path}")
         for name, there, now in _differences(stored["environment"], environment):
-            console.print(f"[yellow]{name} was {there} and is {now} now: results may differ in the last bits.[/]")
+            if name != "git_commit" or there is not None:
+                console.print(f"[yellow]{name} was {there} and is {now} now: results may differ in the last bits.[/]")
+        accepted = [name for name in ("corpus", "tokenizer") if stored["identity"].get(name) != self.identity.get(name)]
+        if accepted or stored["tokenizer_hash"] != tokenizer.hash:
+            tokenizer.save(self.path / "tokenizer")
+            self._write_config()
+            console.print(f"Going on with another {' and another '.join(accepted or ['tokenizer'])}.", style="yellow")
+
+    def check_description(self, found: dict[str, Any], step: int) -> None:
+        """Raises InputError if a checkpoint has the description of another run, from which it was copied."""
+        this = f"The checkpoint of step {step} in {self.path}"
+        self._check_identity(found["identity"], f"{this} is of another run, which")
+        self._check_tokenizer(found["tokenizer_hash"], this)
+
+    def _check_identity(self, found: dict[str, Any], subject: str) -> None:
+        found = {**found, **{part: {**some, **found.get(part, {})} for part, some in self._defaults.items()}}
+        differing = [
+            (name, f"{name} ({_show(there)} there, {_show(asked)} asked for)")
+            for name, there, asked in _differences(found, self.identity)
+            if name.split(".")[0] not in self._accept
+        ]
+        if not differing:
+            return
+        names = {name.split(".")[0] for name, _ in differing}
+        mend = "choose another --workdir or repeat its settings"
+        if names <= {"corpus", "tokenizer"}:
+            mend += f", or {self._override(names)}"
+        raise InputError(f"{subject} differs in {', '.join(text for _, text in differing)}; {mend}.")
+
+    def _check_tokenizer(self, found: str, subject: str) -> None:
+        now = self.description["tokenizer_hash"]
+        if found != now and "tokenizer" not in self._accept:
+            raise InputError(
+                f"{subject} was made with the tokenizer {found[:12]}, and this one is {now[:12]}; put the right one "
+                f"back, choose another --workdir, or {self._override({'tokenizer'})}."
+            )
+
+    def _override(self, names: set[str]) -> str:
+        return f"go on with what is there now by --accept {' '.join(sorted({*names, *self._accept}))}"
+
+    def _write_config(self) -> None:
+        write_json(self.path / CONFIG_FILE, {"version": _FORMAT, **self.description})
 
     def rewind(self, log_sizes: dict[str, int], step: int) -> None:
         """Cuts the logs back to the sizes (bytes) that they had at `step`, and opens them for what follows."""
@@ -205,13 +248,24 @@ def recorded_devices(path: str | os.PathLike[str]) -> int | None:
 
 
 def environment(devices: list[str]) -> dict[str, Any]:
-    """What equal bits depend on besides the identity: devices, cores and library versions."""
+    """What equal bits depend on besides the identity: devices, cores, library versions, and this code."""
     return {
         "devices": devices,
         "cores": os.cpu_count(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with "+" if it was changed since; None outside a clone."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 # ---- files

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +26,7 @@ from jaxlm.faults import Policy
 from jaxlm.model import ModelConfig, Params, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxlm.parallel import batch_sharding, mean_gradients
-from jaxlm.runs import read_config
+from jaxlm.runs import Acceptable, Run, read_config
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
 
 Metrics = dict[str, jax.Array]
@@ -236,6 +236,54 @@ def run_identity(
     return {"corpus": fingerprint, "tokenizer": tokenizer_settings, "model": asdict(model), **config.identity()}
 
 
+def open_run(
+    path: str | os.PathLike[str],
+    fingerprint: str,
+    tokenizer_settings: dict[str, Any],
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    warm_start: str | None = None,
+    accept: Collection[Acceptable] = (),
+) -> Run:
+    """The directory of a run with this identity and, if it is begun from another run's parameters, that one's path.
+
+    A setting that there wasn't yet when the run was begun has the value then that is its default now. For the rest,
+    errors too, see `Run`.
+    """
+    identity = run_identity(fingerprint, tokenizer_settings, model, config)
+    if warm_start is not None:
+        identity["warm_start"] = warm_start
+    defaults = {
+        part: {setting.name: setting.default for setting in fields(settings) if setting.default is not MISSING}
+        for part, settings in (("model", ModelConfig), ("optimizer", OptimizerConfig))
+    }
+    return Run(path, identity, defaults=defaults, accept=accept)
+
+
+def load_warm_start(
+    path: str | os.PathLike[str], tokenizer_settings: dict[str, Any], model: ModelConfig
+) -> tuple[Tokenizer, Params]:
+    """The tokenizer and the newest parameters of a run, to begin another one with.
+
+    Raises:
+      InputError: no run or no checkpoint there, another tokenizer, or a model that differs in more than its context,
+        window and dropout.
+    """
+    tokenizer, found, params = load_trained(path)
+    free = {"window", "dropout", *(["context"] if model.positions == "rope" else [])}
+    there = {**read_config(path)["identity"]["tokenizer"], **asdict(found)}
+    asked = {**tokenizer_settings, **asdict(model)}
+    differing = [
+        f"{name} ({there.get(name)} there, {asked.get(name)} asked for)"
+        for name in sorted({*there, *asked} - free)
+        if there.get(name) != asked.get(name)
+    ]
+    if differing:
+        raise InputError(f"{path} can't be begun from, since it differs in {', '.join(differing)}; ask for the same.")
+    return tokenizer, params
+
+
 def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, Params]:
     """The tokenizer, the model's config and the newest parameters of a run directory, on the first device.
 
@@ -253,10 +301,10 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
     checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
     try:
         shapes = jax.eval_shape(partial(init_state, model, config))
-        while checkpoints.latest_step is not None:
+        place = SingleDeviceSharding(jax.devices()[0])
+        while (step := checkpoints.latest_step) is not None:
             with contextlib.suppress(BrokenCheckpoint):
-                state, _ = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])))
-                return tokenizer, model, state.params
+                return tokenizer, model, checkpoints.restore(abstract(shapes, place), step).params
         raise InputError(f"The run in {path} has no checkpoint that can be read; train it further first.")
     finally:
         checkpoints.close()

@@ -30,9 +30,9 @@ def test_state_and_record_come_back_as_they_were(tmp_path: Path) -> None:
     checkpoints.close()
     reopened = Checkpoints(tmp_path)
     assert reopened.latest_step == 7
-    restored, record = reopened.restore(state(0))
+    restored = reopened.restore(state(0), 7)
+    assert reopened.record(7) == {"seconds": 1.5, "log_sizes": {"metrics.jsonl": 12}}
     reopened.close()
-    assert record == {"seconds": 1.5, "log_sizes": {"metrics.jsonl": 12}}
     np.testing.assert_array_equal(restored["weights"], state(7)["weights"])
     assert int(restored["nested"]["step"]) == 7
 
@@ -44,7 +44,7 @@ def test_a_state_donated_right_after_saving_is_saved_as_it_was(tmp_path: Path) -
     checkpoints.save(1, current, {})
     for _ in range(20):
         current = increase(current)
-    restored, _ = checkpoints.restore({"weights": jnp.ones((500, 500))})
+    restored = checkpoints.restore({"weights": jnp.ones((500, 500))}, 1)
     checkpoints.close()
     np.testing.assert_array_equal(restored["weights"], np.zeros((500, 500)))
 
@@ -119,9 +119,10 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_is_the_newest(
     reopened = Checkpoints(tmp_path / "checkpoints")
     if reopened.latest_step == 10:
         with pytest.raises(BrokenCheckpoint, match="step 10 is broken"):
-            reopened.restore(large(0))
-    restored, record = reopened.restore(large(0))
-    assert record == {"step": 5}
+            reopened.restore(large(0), 10)
+    assert reopened.latest_step == 5
+    assert reopened.record(5) == {"step": 5}
+    restored = reopened.restore(large(0), 5)
     np.testing.assert_array_equal(restored["weights"], large(5)["weights"])
     (notice,) = reopened.take_notices()
     assert notice.endswith(f"it is kept in {tmp_path / 'broken_checkpoints' / '10'}.")
@@ -142,7 +143,8 @@ def test_a_checkpoint_from_before_there_were_checksums_opens(tmp_path: Path) -> 
     content["custom_metadata"] = content["custom_metadata"]["record"]
     file.write_text(json.dumps(content))
     reopened = Checkpoints(tmp_path / "checkpoints")
-    assert reopened.restore(state(0))[1] == {"step": 3, "seconds": 1.0}
+    reopened.restore(state(0), 3)
+    assert reopened.record(3) == {"step": 3, "seconds": 1.0}
     reopened.close()
 
 
@@ -156,6 +158,6 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path: Path
     file.write_text(json.dumps(content))
     reopened = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(InputError, match="newer jaxlm"):
-        reopened.restore(state(0))
+        reopened.restore(state(0), 3)
     assert reopened.steps == [3]
     reopened.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import loop
-from jaxlm.checkpoints import Checkpoints
+from jaxlm import loop, training
+from jaxlm.checkpoints import Checkpoints, saved_steps
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenizedCorpus, survey_corpus, tokenize_corpus
 from jaxlm.loop import RunFailed, RunInterrupted, _Signals, evaluate_run, train, train_together
@@ -31,7 +32,7 @@ from jaxlm.training import (
     TrainState,
     init_state,
     load_trained,
-    run_identity,
+    load_warm_start,
 )
 
 TINY = ModelConfig(vocab_size=30, context=16, width=16, num_layers=1, num_heads=2, feed_forward_width=32, dropout=0.1)
@@ -58,8 +59,11 @@ def data(tmp_path: Path) -> tuple[CharTokenizer, TokenizedCorpus, str]:
     return tokenizer, tokenize_corpus(corpus, survey, tokenizer), survey.fingerprint
 
 
-def open_run(path: Path, fingerprint: str, config: TrainConfig = CONFIG) -> Run:
-    return Run(path, run_identity(fingerprint, {"kind": "char", "vocab_size": 30}, TINY, config))
+SETTINGS = {"kind": "char", "vocab_size": 30}
+
+
+def open_run(path: Path, fingerprint: str, config: TrainConfig = CONFIG, **more: Any) -> Run:
+    return training.open_run(path, fingerprint, SETTINGS, TINY, config, **more)
 
 
 def run_training(path: Path, data: tuple[CharTokenizer, TokenizedCorpus, str], config: TrainConfig) -> TrainState:
@@ -165,7 +169,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: P
     run = open_run(tmp_path / "run", fingerprint, bad)
     # Parameters that are finite still, and overflow in the next step.
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    state, record = checkpoints.restore(init_state(TINY, bad))
+    state, record = checkpoints.restore(init_state(TINY, bad), 5), checkpoints.record(5)
     broken = replace(state, params=jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(3e38), state.params))
     checkpoints.save(6, replace(broken, step=broken.step + 1), {**record, "step": 6})
     checkpoints.close()
@@ -413,7 +417,7 @@ def fault_at(patch: pytest.MonkeyPatch, *steps: int) -> None:
 def kept_record(path: Path) -> dict[str, Any]:
     """The newest checkpoint's record."""
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
-    _, record = checkpoints.restore(jax.eval_shape(lambda: init_state(TINY, CONFIG)))
+    record = checkpoints.record(max(checkpoints.steps))
     checkpoints.close()
     return record
 
@@ -462,14 +466,7 @@ def test_what_counts_as_a_jump_is_the_same_after_a_resume(tmp_path: Path, data: 
     assert len(skipped) < 15
     for step in stops:
         run = open_run(tmp_path / "run", data[2], config)
-        log = run.log
-
-        def killed(number: int, *, step: int = step, log: Callable[..., None] = log, **values: float) -> None:
-            if number == step:
-                raise KeyboardInterrupt
-            log(number, **values)
-
-        run.log = killed  # type: ignore[method-assign]
+        run.log = interrupted_at(run.log, step)  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             train(run, data[0], data[1], TINY, config)
     assert_equal_bits(straight, run_training(tmp_path / "run", data, config))
@@ -489,3 +486,126 @@ def test_ten_faults_in_a_row_stop_the_run_whatever_the_policy(
 def test_runs_that_train_together_cannot_be_rewound(tmp_path: Path, data: tuple) -> None:
     with pytest.raises(ValueError, match="don't go back"):
         run_together(tmp_path, data, [replace(config, on_fault="rewind") for config in TOGETHER])
+
+
+# ---- other weights, another text, another tokenizer, an earlier version
+
+
+def test_a_warm_start_begins_with_the_parameters_of_another_run_and_needs_it_no_more(
+    tmp_path: Path, data: tuple
+) -> None:
+    source = run_training(tmp_path / "source", data, CONFIG)
+    tokenizer, tokens, fingerprint = data
+    warm_tokenizer, params = load_warm_start(tmp_path / "source", SETTINGS, TINY)
+    assert warm_tokenizer.hash == tokenizer.hash
+    assert_equal_bits(source.params, params)  # type: ignore[arg-type]
+
+    def run_warm(path: Path, params: Any, interrupt_at: int | None = None) -> TrainState:
+        run = open_run(path, fingerprint, config, warm_start="source")
+        if interrupt_at is not None:
+            run.log = interrupted_at(run.log, interrupt_at)  # type: ignore[method-assign]
+        return train(run, tokenizer, tokens, TINY, config, params)
+
+    config = replace(CONFIG, seed=9)
+    straight = run_warm(tmp_path / "straight", params)
+    assert float(losses(tmp_path / "straight")[1]) < 0.8 * float(losses(tmp_path / "source")[1])
+    with pytest.raises(KeyboardInterrupt):
+        run_warm(tmp_path / "resumed", params, interrupt_at=3)
+    assert saved_steps(tmp_path / "resumed" / "checkpoints") == {0}
+    assert_equal_bits(straight, run_warm(tmp_path / "resumed", None))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
+    with pytest.raises(InputError, match=r"warm_start \(source there, None asked for\)"):
+        open_run(tmp_path / "resumed", fingerprint, config)
+
+
+def test_a_warm_start_from_what_does_not_fit_names_the_difference(tmp_path: Path, data: tuple) -> None:
+    run_training(tmp_path / "source", data, replace(CONFIG, steps=5))
+    with pytest.raises(InputError, match=r"kind \(char there, bpe asked for\), width \(16 there, 32 asked for\)"):
+        load_warm_start(tmp_path / "source", {**SETTINGS, "kind": "bpe"}, replace(TINY, width=32))
+    with pytest.raises(InputError, match="context"):
+        load_warm_start(tmp_path / "source", SETTINGS, replace(TINY, context=8))
+    load_warm_start(tmp_path / "source", SETTINGS, replace(TINY, dropout=0.0, window=4))
+    with pytest.raises(InputError, match="There is no run"):
+        load_warm_start(tmp_path / "nothing", SETTINGS, TINY)
+
+
+def interrupted_at(log: Callable[..., None], step: int) -> Callable[..., None]:
+    """A log that stops the run when this step is to be written."""
+
+    def interrupted(number: int, **values: float) -> None:
+        if number == step:
+            raise KeyboardInterrupt
+        log(number, **values)
+
+    return interrupted
+
+
+def test_another_corpus_is_refused_with_both_hashes_and_accepted_if_that_is_asked_for(
+    tmp_path: Path, data: tuple, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, tokens, fingerprint = data
+    constant = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=0.01))
+    run_training(tmp_path / "run", data, replace(constant, steps=10))
+    other = "f" * 64
+    with pytest.raises(InputError, match=rf"corpus \({fingerprint[:12]}\.\.\. there, f{{12}}.*by --accept corpus\."):
+        open_run(tmp_path / "run", other, constant)
+    capsys.readouterr()
+    run = open_run(tmp_path / "run", other, constant, accept=["corpus"])
+    train(run, tokenizer, tokens, TINY, constant)
+    text = capsys.readouterr().out
+    assert "Going on with another corpus" in text and "after step 10" in text
+    assert read_config(tmp_path / "run")["identity"]["corpus"] == other
+    assert kept_record(tmp_path / "run")["run"]["identity"]["corpus"] == other
+    open_run(tmp_path / "run", other, constant)
+    with pytest.raises(InputError, match="corpus"):
+        open_run(tmp_path / "run", fingerprint, constant)
+
+
+def test_another_tokenizer_is_refused_with_both_hashes_and_accepted_if_that_is_asked_for(
+    tmp_path: Path, data: tuple
+) -> None:
+    tokenizer, tokens, fingerprint = data
+    constant = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=0.01))
+    run_training(tmp_path / "run", data, replace(constant, steps=10))
+    other = CharTokenizer(tokenizer.characters[::-1])
+    assert other.hash != tokenizer.hash
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(InputError, match=f"{tokenizer.hash[:12]}, .* {other.hash[:12]}; .* by --accept tokenizer"):
+        train(open_run(tmp_path / "run", fingerprint, constant), other, tokens, TINY, constant)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    train(open_run(tmp_path / "run", fingerprint, constant, accept=["tokenizer"]), other, tokens, TINY, constant)
+    stored = open_run(tmp_path / "run", fingerprint, constant).tokenizer()
+    assert stored is not None
+    assert stored.hash == other.hash == kept_record(tmp_path / "run")["run"]["tokenizer_hash"]
+
+
+def test_a_checkpoint_that_was_copied_from_another_run_is_refused(tmp_path: Path, data: tuple) -> None:
+    run_training(tmp_path / "other", data, replace(CONFIG, seed=1))
+    run_training(tmp_path / "run", data, CONFIG)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "20", tmp_path / "run" / "checkpoints" / "20")
+    with pytest.raises(InputError, match=r"checkpoint of step 20 .* another run, which differs in seed \(1 there, 0 "):
+        run_training(tmp_path / "run", data, CONFIG)
+
+
+def test_a_checkpoint_describes_its_run(tmp_path: Path, data: tuple) -> None:
+    run_training(tmp_path / "run", data, replace(CONFIG, steps=5))
+    described = kept_record(tmp_path / "run")["run"]
+    assert described["identity"]["corpus"] == data[2]
+    assert described["identity"]["model"]["width"] == 16
+    assert described["tokenizer_hash"] == data[0].hash
+    assert described["environment"]["jax"] == jax.__version__
+    assert "git_commit" in described["environment"]
+
+
+def test_a_run_from_before_there_was_a_setting_has_its_default(tmp_path: Path, data: tuple) -> None:
+    straight = run_training(tmp_path / "straight", data, CONFIG)
+    run_training(tmp_path / "run", data, CONFIG)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_bytes())
+    del config["identity"]["model"]["input_tokens"], config["identity"]["optimizer"]["muon_learning_rate"]
+    del config["environment"]["git_commit"]
+    file.write_text(json.dumps(config))
+    assert_equal_bits(straight, run_training(tmp_path / "run", data, CONFIG))
+    assert load_trained(tmp_path / "run")[1] == TINY

@@ -156,7 +156,7 @@ def fingerprint(workdir: Path) -> str:
     )
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     shapes = jax.eval_shape(partial(init_state, ModelConfig(**identity["model"]), config))
-    state, _ = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])))
+    state = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])), max(checkpoints.steps))
     checkpoints.close()
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state):

@@ -24,9 +24,9 @@ from jaxlm.data.shards import survey_corpus, train_documents
 from jaxlm.loop import train
 from jaxlm.model import ModelConfig
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
-from jaxlm.runs import Run, console, read_metrics
+from jaxlm.runs import console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
-from jaxlm.training import TrainConfig, init_state, make_train_step, run_identity
+from jaxlm.training import TrainConfig, init_state, make_train_step, open_run
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ def main(config: Config) -> None:
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         settings = {"kind": "char", "vocab_size": config.model.vocab_size}
-        identity = run_identity(survey.fingerprint, settings, config.model, training)
         seconds = 0.0
         for block in range(config.blocks):
             started = time.perf_counter()
@@ -77,7 +76,7 @@ def main(config: Config) -> None:
             jax.block_until_ready(state)
             bare = (time.perf_counter() - started) / config.block_steps
             # A constant schedule can be prolonged, so the loop goes on where the block before it ended.
-            run = Run(Path(folder) / "run", identity)
+            run = open_run(Path(folder) / "run", survey.fingerprint, settings, config.model, training)
             steps = (block + 1) * config.block_steps
             with console.capture():
                 train(run, tokenizer, data, config.model, replace(training, steps=steps))
