@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
@@ -54,10 +55,11 @@ _DATASHEETS = {
 }
 
 
+@functools.cache
 def peak_flops() -> tuple[float, str] | None:
     """What all devices together could do, FLOP/s, and where the figure is from; None for an unknown device.
 
-    On CPUs it is measured, by a float32 product of two 2,048-square matrices on all cores.
+    On CPUs it is measured, once a process, by a float32 product of two 2,048-square matrices on all cores.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
