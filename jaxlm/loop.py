@@ -103,7 +103,7 @@ def train_together(
     with _all_written(runs), contextlib.ExitStack() as stack:
         stack.callback(reporter.end)
         for run in runs:
-            stack.callback(run.close)
+            stack.enter_context(run)
             run.start(tokenizer, environment([str(device) for device in jax.devices()]))
         clock = _Clock()
         for index, (run, each) in enumerate(zip(runs, configs, strict=True)):

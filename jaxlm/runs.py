@@ -14,15 +14,18 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import tensorboardX
 from rich.console import Console
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer, replacing
 
@@ -69,7 +72,7 @@ class Run:
         if self.exists:
             self._check_identity(read_config(self.path)["identity"], f"{self.path} holds another run, which")
         check_writable(self.path)
-        self._board: tensorboardX.SummaryWriter | None = None
+        self._board: _Board | None = None
         self._lock: IO[str] | None = None
 
     def tokenizer(self) -> Tokenizer | None:
@@ -148,7 +151,7 @@ class Run:
         (self.path / FAILED_FILE).unlink(missing_ok=True)
         if self._board is not None:
             self._board.close()
-        self._board = tensorboardX.SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        self._board = _Board(self.path / "tensorboard", step + 1)
 
     def fail(self, reason: str) -> None:
         """Notes that the run can't be trained to its end, and why."""
@@ -178,22 +181,31 @@ class Run:
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         _append(self.path / METRICS_FILE, json.dumps({"step": step, **line}) + "\n")
         if self._board is not None:
-            for name, value in values.items():
-                if name not in ("tokens", "bytes", "seconds") and math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
+            shown = {name: value for name, value in values.items() if name not in ("tokens", "bytes", "seconds")}
+            self._board.log(step, {name: value for name, value in shown.items() if math.isfinite(value)})
 
     def log_sample(self, step: int, text: str) -> None:
         """Appends a sample to samples.txt."""
         _append(self.path / SAMPLES_FILE, f"--- step {step}\n{text}\n")
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Of what failed, the first is told; the disk that was full then may be so still.
+        with contextlib.suppress(*[] if kind is None else [OSError]):
+            self.close()
+
     def close(self) -> None:
         """Writes what TensorBoard still holds back, and lets other processes have the directory."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        board, lock = self._board, self._lock
+        self._board = self._lock = None
+        try:
+            if board is not None:
+                board.close()
+        finally:
+            if lock is not None:
+                lock.close()
 
     def _take_lock(self) -> None:
         # The lock goes with the process, however it ends; a file that merely exists would outlive a killed one.
@@ -211,6 +223,43 @@ class Run:
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         self._lock = file
+
+
+class _Board:
+    """A file for TensorBoard, in which what an earlier one says of the step `first` and later ones counts no more.
+
+    tensorboardX would write it in a thread. If that can't write it ends, and whoever has more to log waits for ever.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._flushed = folder, time.monotonic()
+        with self._named():
+            self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START))
+            )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Adds scalars, and writes them every ten seconds."""
+        with self._named():
+            for name, value in values.items():
+                self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            if time.monotonic() - self._flushed > 10:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        with self._named():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from None
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
