@@ -3,14 +3,15 @@
     python -m experiments.benchmarks.chaos
     python -m experiments.benchmarks.chaos --kills 5 --steps 40
 
-A character model is trained by real processes, which get SIGKILL after a random time: while they start, tokenize, take
-steps, save, evaluate, or draw the curve. The same command is run again until it ends well; then the parameters, the
+A character model is trained by real processes, which get SIGKILL after a random time, or as soon as they are seen to
+tokenize, to save, to score or to draw. The same command is run again until it ends well; then the parameters, the
 optimizer's state, the logged losses and the samples are compared, bit for bit, with those of a run that nobody
 interrupted, and the next round begins with an empty directory and cache, until there were enough kills.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +37,7 @@ from jaxlm.loop import RunFailed
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.reports.tables import rows_table
-from jaxlm.runs import SAMPLES_FILE, console, read_config, read_metrics
+from jaxlm.runs import METRICS_FILE, SAMPLES_FILE, console, read_config, read_metrics
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, init_state
 
@@ -55,9 +58,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """What the kills did: how many there were, in how many rounds, steps taken again, and seconds of them."""
+    """What the kills did: how many there were by where they came, in how many rounds, steps and seconds repeated."""
 
-    kills: int
+    kills: Counter[str]
     rounds: int
     steps_repeated: int
     seconds_lost: float
@@ -67,11 +70,13 @@ class Result:
 def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = run(config, Path(folder))
+    kills = result.kills.total()
     rows = [
-        ("kills survived", f"{result.kills}"),
+        ("kills survived", f"{kills}"),
+        *((f"  {name}", f"{count}") for name, count in result.kills.most_common()),
         ("runs brought to their end", f"{result.rounds}"),
-        ("steps taken again", f"{result.steps_repeated} ({result.steps_repeated / result.kills:.1f} a kill)"),
-        ("seconds of training lost", f"{result.seconds_lost:.1f} ({result.seconds_lost / result.kills:.2f} a kill)"),
+        ("steps taken again", f"{result.steps_repeated} ({result.steps_repeated / kills:.1f} a kill)"),
+        ("seconds of training lost", f"{result.seconds_lost:.1f} ({result.seconds_lost / kills:.2f} a kill)"),
         ("equal to the uninterrupted run, bit for bit", "all" if result.equal else "NO"),
     ]
     console.print(rows_table(("", ""), rows, "SIGKILL at random moments"))
@@ -87,32 +92,64 @@ def run(config: Config, folder: Path) -> Result:
         raise RunFailed(f"The training ended with status {status} without a kill.")
     whole = time.monotonic() - started
     expected = fingerprint(folder / "straight")
-    kills = rounds = repeated = 0
+    kills: Counter[str] = Counter()
+    rounds = repeated = 0
     lost, equal = 0.0, True
-    while kills < config.kills:
+    while kills.total() < config.kills:
         workdir, cache = folder / f"round-{rounds}", folder / f"cache-{rounds}"
         while True:
+            state = partial(doing, config, workdir, cache, time.time())
             process = start(config, workdir, cache)
-            try:
-                # The compiled programs are found again, so that a start takes less than the first one did.
-                limit = None if kills == config.kills else moments.uniform(0.0, whole)
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
-                steps, seconds = behind(workdir)
-                repeated, lost = repeated + steps, lost + seconds
-                console.print(f"kill {kills} at step {reached(workdir)}", style="dim")
-                continue
-            if status != 0:
-                raise RunFailed(f"After {kills} kills the training ended with status {status}: see {workdir}.")
+            if kills.total() < config.kills:
+                await_moment(process, state, moments, whole)
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                    kills[state()] += 1
+                    steps, seconds = behind(workdir)
+                    repeated, lost = repeated + steps, lost + seconds
+                    console.print(f"kill {kills.total()} at step {reached(workdir)}", style="dim")
+                    continue
+            if (status := process.wait()) != 0:
+                raise RunFailed(f"After {kills.total()} kills the training ended with status {status}: see {workdir}.")
             break
         rounds += 1
         equal = equal and fingerprint(workdir) == expected
         shutil.rmtree(workdir)
         shutil.rmtree(cache, ignore_errors=True)
     return Result(kills, rounds, repeated, lost, equal)
+
+
+def await_moment(
+    process: subprocess.Popen[bytes], doing: Callable[[], str], moments: random.Random, whole: float
+) -> None:
+    """Returns at a random time, or as soon as the process does something that was drawn, or when it has ended."""
+    awaited = moments.choice(["any", "any", "tokenizing", "saving", "scoring", "drawing"])
+    until = time.monotonic() + (moments.uniform(0.0, whole) if awaited == "any" else whole)
+    while process.poll() is None and time.monotonic() < until and doing() != awaited:
+        time.sleep(0.001)
+    if awaited != "any":
+        time.sleep(moments.uniform(0.0, 0.02))
+
+
+def doing(config: Config, workdir: Path, cache: Path, since: float) -> str:
+    """What a training that was started then is doing, or was when it was killed, from what it has left."""
+
+    def some(folder: Path, pattern: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # it was there a moment ago
+            return any(path.stat().st_mtime > since for path in folder.glob(pattern))
+        return False
+
+    if some(cache / "shards", ".*.tmp"):
+        return "tokenizing"
+    if some(workdir / "checkpoints", "*.orbax-checkpoint-tmp"):
+        return "saving"
+    if not some(workdir, METRICS_FILE):
+        return "starting"
+    last = {"step": 0, **(read_metrics(workdir) or [{}])[-1]}
+    if "final/loss" in last:
+        return "drawing"
+    return "scoring" if last["step"] == config.steps else "training"
 
 
 def start(config: Config, workdir: Path, cache: Path) -> subprocess.Popen[bytes]:
