@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from experiments.command_line import parse
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import held_out_documents, survey_corpus
 from jaxlm.runs import read_metrics
-from jaxlm.tokenizers import load_tokenizer
+from jaxlm.tokenizers import InputError, load_tokenizer
 from jaxlm.training import load_trained
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,25 @@ def test_char_lm_trains_shows_and_samples(tmp_path: Path, capsys: pytest.Capture
     assert outputs[0] == outputs[1]
     assert outputs[0].startswith("La ville de")
     assert len(outputs[0]) > len("La ville de\n")
+
+
+def test_char_lm_begins_from_the_weights_of_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*flags: str) -> None:
+        char_lm.main(parse([*TINY, *flags], char_lm.PRESETS, "x"))
+
+    monkeypatch.chdir(tmp_path)
+    run("--workdir", "a", "--vocab-size", "80", "--steps", "20")
+    run("--workdir", "b", "--vocab-size", "80", "--steps", "10", "--warm-start", "a", "--dropout", "0.1")
+    shutil.rmtree("a")
+    run("--workdir", "b", "--vocab-size", "80", "--steps", "10", "--warm-start", "a", "--dropout", "0.1")
+    assert load_tokenizer("b/tokenizer").vocab_size == 80
+    with pytest.raises(InputError, match="There is no run in a"):
+        run("--workdir", "c", "--vocab-size", "80", "--steps", "10", "--warm-start", "a")
+    with pytest.raises(InputError, match=r"b can't be begun from, since it differs in vocab_size \(80 there, 70 asked"):
+        run("--workdir", "c", "--vocab-size", "70", "--steps", "10", "--warm-start", "b")
+    assert not Path("c").exists()
 
 
 def test_bpe_lm_trains_on_its_own_tokenizer(tmp_path: Path) -> None:
@@ -124,8 +144,8 @@ def losses(workdir: Path) -> dict[int, str]:
     return {line["step"]: repr(line["train/loss"]) for line in read_metrics(workdir) if "train/loss" in line}
 
 
-def test_interrupted_twice_equals_straight_to_the_bit(tmp_path: Path, cache: Path) -> None:
-    """60 steps, once straight and once interrupted by SIGINT and by SIGKILL: same parameters, same losses."""
+def test_interrupted_thrice_equals_straight_to_the_bit(tmp_path: Path, cache: Path) -> None:
+    """60 steps, once straight and once interrupted by SIGINT, by SIGTERM twice, and by SIGKILL: the same bits."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     out, err = (process := start(straight, cache)).communicate()
     assert process.returncode == 0, err
@@ -139,10 +159,19 @@ def test_interrupted_twice_equals_straight_to_the_bit(tmp_path: Path, cache: Pat
     before_interrupt = losses(broken)
 
     process = start(broken, cache)
+    wait_for_step(process, broken, 25)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert f"after step {max(before_interrupt)}" in out, "SIGINT saved the step that it stopped after"
+    assert "Traceback" not in err
+
+    process = start(broken, cache)
     wait_for_step(process, broken, 37)
     process.kill()
     out, _ = process.communicate()
-    assert f"after step {max(before_interrupt)}" in out, "SIGINT saved the step that it stopped after"
+    assert "Continuing" in out
     before_kill = losses(broken)
     assert max(before_kill) < 60
 
