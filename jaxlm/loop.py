@@ -89,7 +89,7 @@ def train_together(
     """
     config, count = configs[0], len(runs)
     if count > 1 and config.on_fault == "rewind":
-        raise ValueError("Runs that train together don't go back to a checkpoint together.")
+        raise InputError("Runs that train together don't go back together; take --on-fault skip, or --together 1.")
     mesh = data_mesh(config.batch_size if count == 1 else count)
     check_compute_type(config.compute_type)
     check_implementation(config.attention, config.compute_type, model.dropout)

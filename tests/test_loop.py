@@ -484,7 +484,7 @@ def test_ten_faults_in_a_row_stop_the_run_whatever_the_policy(
 
 
 def test_runs_that_train_together_cannot_be_rewound(tmp_path: Path, data: tuple) -> None:
-    with pytest.raises(ValueError, match="don't go back"):
+    with pytest.raises(InputError, match="don't go back together"):
         run_together(tmp_path, data, [replace(config, on_fault="rewind") for config in TOGETHER])
 
 
