@@ -56,7 +56,7 @@ class Corpus:
                 if self.max_bytes is not None and total_bytes >= self.max_bytes:
                     return
         if total_bytes == 0:
-            raise InputError(f"The corpus {shown(self.spec)} holds no text; give one that does.")
+            raise InputError(f"The corpus {shown(self.spec, 200)} holds no text; give one that does.")
 
     def stamp(self) -> dict[str, Any]:
         """A cheap identity, JSON-able, of names, sizes (bytes) and times (ns): equal stamps mean the same documents.
@@ -153,20 +153,20 @@ def _local_paths(spec: str) -> set[str]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         # A name that exists is taken as it is, so that brackets in it need no escape.
         if not any(character in name for character in "*?["):
-            raise InputError(f"There is no file or folder {shown(spec)}; check the path, or use `builtin`.") from None
+            raise InputError(f"There is no file or folder {shown(spec, 200)}; check the path, or use `builtin`.") from None
         found = filter(os.path.isfile, glob.iglob(name, recursive=True))
     except OSError as error:
-        raise InputError(f"{shown(spec)} cannot be read ({error.strerror}); check its permissions.") from None
+        raise InputError(f"{shown(spec, 200)} cannot be read ({error.strerror}); check its permissions.") from None
     else:
         if stat.S_ISDIR(mode):
             found = _walk(name)
         elif name.lower().endswith(SUFFIXES):
             found = [name]
         else:
-            raise InputError(f"{shown(spec)} is of an unsupported kind; {kinds}.")
+            raise InputError(f"{shown(spec, 200)} is of an unsupported kind; {kinds}.")
     paths = {path for path in found if path.lower().endswith(SUFFIXES)}
     if not paths:
-        raise InputError(f"{shown(spec)} names no file of documents; {kinds}.")
+        raise InputError(f"{shown(spec, 200)} names no file of documents; {kinds}.")
     return paths
 
 

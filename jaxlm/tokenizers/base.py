@@ -31,8 +31,6 @@ AllowedSpecial = Literal["all", "none"] | Collection[str]
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
 _VISIBLE = str.maketrans({"\n": "⏎", "\t": "→", " ": "·", "\r": "␍"})
 
 
@@ -40,9 +38,11 @@ class InputError(ValueError):
     """Bad input. The message is one sentence for the person who gave it: what is wrong, and what to do."""
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, length: int = 60) -> str:
     """A value as it can stand in a sentence: its `repr`, shortened if it is long or deep."""
-    return _SHORT.repr(value)
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = length
+    return short.repr(value)
 
 
 def one_line(text: str, length: int = 200) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import regex
 
-from jaxlm.tokenizers.base import InputError, shown, write_file
+from jaxlm.tokenizers.base import InputError, one_line, shown, write_file
 from jaxlm.tokenizers.bpe import BPETokenizer, merged_tokens
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 
@@ -181,7 +181,7 @@ def read_huggingface(cls: type[BPETokenizer], path: str | os.PathLike[str]) -> B
 def _from_json(cls: type[BPETokenizer], data: dict[str, Any]) -> BPETokenizer:
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
-        raise InputError(f"Its model is {shown(model['type'])}, and only byte-level BPE can be read.")
+        raise InputError(f"Its model is {one_line(str(model['type']), 60)}, and only byte-level BPE can be read.")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise InputError(f"Its model has the {name} {shown(model[name])}, for which a BPETokenizer has no place.")

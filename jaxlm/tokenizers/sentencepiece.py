@@ -22,7 +22,8 @@ from jaxlm.tokenizers.base import END_OF_TEXT, IdArray, InputError, Tokenizer, c
 
 SPACE, ESCAPE = "\u2581", "\u2582"
 _ESCAPED = re.compile(f"[{SPACE}{ESCAPE}]")
-_SEQUENCE = re.compile(f"{ESCAPE}({ESCAPE}|\\.)".encode())
+_STANDS_FOR = {f"{ESCAPE}.".encode(): SPACE.encode(), (2 * ESCAPE).encode(): ESCAPE.encode(), SPACE.encode(): b" "}
+_SEQUENCE = re.compile(b"|".join(map(re.escape, _STANDS_FOR)))
 _SENTENCE_BYTES = 4192
 _UNKNOWN_ID, _END_OF_TEXT_ID, _FIRST_BYTE_ID = 0, 1, 2
 _PROBE = " a  b\t\n \u2581\u2582\ufb01e\u0301\u0130\r\n\u3000\x00  "  # what other settings would change
@@ -125,10 +126,10 @@ class SentencePieceTokenizer(Tokenizer):
         array = self._check_ids(ids)
         lengths = self._lengths[array]
         data = b"".join([self._tokens[token_id] for token_id in array.tolist()])
-        # An escape sequence stands for three bytes; what it has more is taken from its end.
+        # A sequence may have more bytes than what it stands for; these are taken from its end.
         owner = np.repeat(np.arange(len(array)), [len(self._tokens[token_id]) for token_id in array.tolist()])
         for match in _SEQUENCE.finditer(data):
-            np.subtract.at(lengths, owner[match.start() + 3 : match.end()], 1)
+            np.subtract.at(lengths, owner[match.start() + len(_STANDS_FOR[match.group()]) : match.end()], 1)
         return lengths
 
     def _check_pieces(self) -> None:
@@ -166,7 +167,8 @@ def _escape(text: str) -> str:
 
 
 def _unescape(data: bytes) -> bytes:
-    return _SEQUENCE.sub(lambda match: (SPACE if match.group(1) == b"." else ESCAPE).encode(), data)
+    """The bytes of pieces put together. A space that no piece has comes as the three bytes of U+2581."""
+    return _SEQUENCE.sub(lambda match: _STANDS_FOR[match.group()], data)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
