@@ -153,7 +153,9 @@ def _local_paths(spec: str) -> set[str]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         # A name that exists is taken as it is, so that brackets in it need no escape.
         if not any(character in name for character in "*?["):
-            raise InputError(f"There is no file or folder {shown(spec, 200)}; check the path, or use `builtin`.") from None
+            raise InputError(
+                f"There is no file or folder {shown(spec, 200)}; check the path, or use `builtin`."
+            ) from None
         found = filter(os.path.isfile, glob.iglob(name, recursive=True))
     except OSError as error:
         raise InputError(f"{shown(spec, 200)} cannot be read ({error.strerror}); check its permissions.") from None

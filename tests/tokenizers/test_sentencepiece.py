@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -209,10 +210,10 @@ def test_a_space_comes_back_from_a_model_that_has_learned_none(model_type: Any) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ((b"\x0a\x0e\x0a\x05<unk>", b""), "other pieces"),
-        ((b"<0x00>", b"<0xZZ>"), "other pieces"),
+        ((b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", b""), "other pieces"),
         ((b"<|endoftext|>", b"<|endoftexT|>"), "other pieces"),
-        ((b"\x18\x00\x20\x00\x28", b"\x18\x01\x20\x00\x28"), "loses text"),
+        ((b"identity\x12\x00\x18\x00", b"identity\x12\x00\x18\x01"), "loses text"),  # a space in front
+        ((b"\x18\x00 \x00", b"\x18\x00 \x01"), "loses text"),  # no spaces beside spaces,
     ],
 )
 def test_a_model_with_other_pieces_or_settings_is_refused(change: tuple[bytes, bytes], message: str) -> None:
