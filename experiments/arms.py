@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from jaxlm.model import ModelConfig, count_parameters, embedding_parameters, flo
 from jaxlm.parallel import batch_sharding, data_mesh, replicated
 from jaxlm.runs import read_json, write_json
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, shown
 from jaxlm.training import TrainConfig, init_state, make_joint_step, make_train_step
 
 Unit = Literal["bytes", "tokens", "flops", "seconds"]
@@ -77,9 +78,9 @@ def specs(
     sizes = list(sizes)
     found: list[Spec] = []
     for family in tokenizers:
-        if family not in FAMILIES and not Path(family).is_dir():
+        if family not in FAMILIES and not os.path.isdir(family):
             raise InputError(
-                f"{family!r} is no tokenizer; there are {', '.join(FAMILIES)}, and directories of saved ones."
+                f"{shown(family)} is no tokenizer; there are {', '.join(FAMILIES)}, and directories of saved ones."
             )
         own: list[int | None] = [*vocab_sizes]
         if family not in FAMILIES:
@@ -172,7 +173,7 @@ def make_tokenizer(spec: Spec, corpus: Corpus, survey: Survey, folder: Path) -> 
         return MadeTokenizer(tokenizer, {"kind": tokenizer.kind, "hash": tokenizer.hash}, math.nan)
     settings = {"family": spec.family, "vocab_size": spec.vocab_size}
     if (folder / _TOKENIZER_FILE).exists():
-        found = read_json(folder / _TOKENIZER_FILE)
+        found = read_json(folder / _TOKENIZER_FILE, settings=dict, corpus=str, seconds=float)
         if found["settings"] != settings or found["corpus"] != survey.fingerprint:
             raise InputError(f"{folder} holds an arm for another text or tokenizer; choose another --workdir.")
         return MadeTokenizer(load_tokenizer(folder / "tokenizer"), settings, found["seconds"])
@@ -271,7 +272,7 @@ def with_updates(arm: Arm, steps: int) -> Arm:
 def kept_updates(folder: Path, seconds: float) -> int | None:
     """The updates that a budget in seconds came to when an arm was begun with it, since measurements vary; or None."""
     path = folder / f"updates-in-{seconds:g}-seconds.json"
-    return read_json(path)["updates"] if path.exists() else None
+    return read_json(path, updates=int)["updates"] if path.exists() else None
 
 
 def keep_updates(folder: Path, seconds: float, updates: int) -> None:

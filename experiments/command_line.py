@@ -20,7 +20,7 @@ from rich.console import Console
 
 from jaxlm.data.cache import cache_directory
 from jaxlm.loop import RunFailed, RunInterrupted
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, one_line, shown
 
 Config = TypeVar("Config")
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Config], name: str) ->
         elif argument.startswith("--preset="):
             preset = argument.removeprefix("--preset=")
     if preset not in presets:
-        raise InputError(f"There is no preset {preset!r}; there are {', '.join(presets)}.")
+        raise InputError(f"There is no preset {shown(preset)}; there are {', '.join(presets)}.")
     default: Any = presets[preset]
     boxed = io.StringIO()
     try:
@@ -84,13 +84,15 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Config], name: str) ->
 
 def _unboxed(box: str) -> str:
     """The first paragraph of one of tyro's boxes, as one line."""
-    lines = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│ ")
-        if not text or set(text) <= set("─╰╯"):
-            break
+    lines: list[str] = []
+    for line in box.splitlines():
+        text = line.strip("│| ")
+        if set(text) <= set("─╭╮╰╯+-") or "Parsing error" in text:
+            if lines:
+                break
+            continue
         lines.append(text)
-    return " ".join(lines).rstrip(".")
+    return one_line(" ".join(lines).rstrip("."), 300)
 
 
 def _end(status: int, message: str) -> NoReturn:

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from jaxlm.attention import Implementation, causal_attention
 from jaxlm.dropout import dropout
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, check_types, shown
 
 Params = Any
 
+_MOST = 1 << 24  # of anything that a model has several of
 _CHOICES = {
     "norm": ("layer", "rms"),
     "positions": ("learned", "rope"),
@@ -53,11 +54,14 @@ class ModelConfig:
     input_tokens: int = 1  # a position's input is the sum of embeddings of so many last tokens, each from its own table
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "vocab_size", "context", "width", "num_layers", "num_heads", "feed_forward_width", "input_tokens",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"The model's {name} is at least 1, not {getattr(self, name)}.")
+            if getattr(self, name) > _MOST:
+                raise InputError(f"The model's {name} is at most {_MOST:,}, not {getattr(self, name):,}.")
         if self.context < 2:
             raise InputError("The model's context is at least 2 tokens, so that held-out windows can overlap by half.")
         if self.width % self.num_heads:
@@ -73,7 +77,7 @@ class ModelConfig:
             raise InputError(f"The model's dropout is a share from 0 to below 1, not {self.dropout}.")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise InputError(f"The model's {name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
+                raise InputError(f"The model's {name} is one of {', '.join(known)}, not {shown(getattr(self, name))}.")
         if self.positions == "rope" and self.width // self.num_heads % 2:
             raise InputError(
                 f"RoPE turns pairs of numbers, and heads of width {self.width // self.num_heads} are odd; change width "

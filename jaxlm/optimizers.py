@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxlm.parallel import share_among
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, check_types, shown
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class OptimizerConfig:
     clip_norm: float | None = None  # gradients of a larger global norm are scaled down to it
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("learning_rate", "muon_learning_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"The {name.replace('_', ' ')} is a positive number, not {getattr(self, name)}.")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise InputError(f"The optimizer's {name} is one of {', '.join(known)}, not {getattr(self, name)!r}.")
+                raise InputError(
+                    f"The optimizer's {name} is one of {', '.join(known)}, not {shown(getattr(self, name))}."
+                )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise InputError(f"The number of warm-up steps is at least 0, not {self.warmup_steps}.")
         if not 0.0 < self.decay_share <= 1.0:

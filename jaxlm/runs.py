@@ -27,12 +27,13 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer, replacing
+from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer, replacing, shown
 
 CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jsonl", "samples.txt", "lock"
 NATS_FILE = "final_nats.npy"  # of each held-out document, float64
 FAILED_FILE = "failed.json"
 _FORMAT = 1
+_NAMED = 6  # fields, at most, that a message names
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
 Acceptable = Literal["corpus", "tokenizer"]
@@ -100,7 +101,8 @@ class Run:
         self._check_tokenizer(stored["tokenizer_hash"], f"The run in {self.path}")
         for name, there, now in _differences(stored["environment"], environment):
             if name != "git_commit" or there is not None:
-                console.print(f"[yellow]{name} was {there} and is {now} now: results may differ in the last bits.[/]")
+                text = f"{_show(name)} was {_show(there)} and is {_show(now)} now: results may differ in the last bits."
+                console.print(text, style="yellow", markup=False)
         accepted = [name for name in ("corpus", "tokenizer") if stored["identity"].get(name) != self.identity.get(name)]
         if accepted or stored["tokenizer_hash"] != tokenizer.hash:
             tokenizer.save(self.path / "tokenizer")
@@ -114,25 +116,29 @@ class Run:
         self._check_tokenizer(found["tokenizer_hash"], this)
 
     def _check_identity(self, found: dict[str, Any], subject: str) -> None:
-        found = {**found, **{part: {**some, **found.get(part, {})} for part, some in self._defaults.items()}}
+        parts = {part: there for part, there in found.items() if isinstance(there, dict)}
+        found = {**found, **{part: {**self._defaults.get(part, {}), **there} for part, there in parts.items()}}
         differing = [
-            (name, f"{name} ({_show(there)} there, {_show(asked)} asked for)")
+            (name, f"{_show(name)} ({_show(there)} there, {_show(asked)} asked for)")
             for name, there, asked in _differences(found, self.identity)
             if name.split(".")[0] not in self._accept
         ]
         if not differing:
             return
+        texts = [text for _, text in differing[:_NAMED]]
+        if len(differing) > _NAMED:
+            texts.append(f"and {len(differing) - _NAMED} more fields")
         names = {name.split(".")[0] for name, _ in differing}
         mend = "choose another --workdir or repeat its settings"
         if names <= {"corpus", "tokenizer"}:
             mend += f", or {self._override(names)}"
-        raise InputError(f"{subject} differs in {', '.join(text for _, text in differing)}; {mend}.")
+        raise InputError(f"{subject} differs in {', '.join(texts)}; {mend}.")
 
     def _check_tokenizer(self, found: str, subject: str) -> None:
         now = self.description["tokenizer_hash"]
         if found != now and "tokenizer" not in self._accept:
             raise InputError(
-                f"{subject} was made with the tokenizer {found[:12]}, and this one is {now[:12]}; put the right one "
+                f"{subject} was made with the tokenizer {_show(found[:12])}, and this one is {now[:12]}; put the right one "
                 f"back, choose another --workdir, or {self._override({'tokenizer'})}."
             )
 
@@ -160,7 +166,7 @@ class Run:
     @property
     def failure(self) -> str | None:
         """Why the run can't be trained to its end, as noted before; None if it wasn't."""
-        return read_json(self.path / FAILED_FILE)["reason"] if (self.path / FAILED_FILE).exists() else None
+        return read_json(self.path / FAILED_FILE, reason=str)["reason"] if (self.path / FAILED_FILE).exists() else None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -269,10 +275,19 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
         if config["version"] > _FORMAT:
             raise InputError(f"{file} was written by a newer jaxlm; use that one.")
+        environment = config["environment"]
+        if not (isinstance(config["identity"], dict) and isinstance(config["tokenizer_hash"], str)):
+            raise TypeError
+        if not all(isinstance(device, str) for device in environment.get("devices", [])):
+            raise TypeError
         return config
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"There is no run in {path}; train one first, or give the directory of one.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{file} can't be read ({error.strerror}); check its permissions.") from None
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
         raise InputError(f"{file} is damaged; restore it, or choose another --workdir.") from None
 
 
@@ -282,17 +297,29 @@ def stored_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off is left out."""
+    """The lines of metrics.jsonl; a last line that was cut off is left out. Raises InputError for a damaged one."""
     file = Path(path) / METRICS_FILE
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [_metrics(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _metrics(line: bytes, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise InputError(f"{name} is damaged; restore it, or choose another --workdir.")
+    if not all(value is None or isinstance(value, int | float) for value in values.values()):
+        raise InputError(f"{name} holds something else than numbers; restore it, or choose another --workdir.")
+    return values
 
 
 def recorded_devices(path: str | os.PathLike[str]) -> int | None:
     """How many CPU devices the run in a directory was begun on; None if there is no run, or on another backend."""
     if not os.path.exists(Path(path) / CONFIG_FILE):
         return None
-    devices = read_config(path).get("environment", {}).get("devices", [])
+    devices = read_config(path)["environment"].get("devices", [])
     return len(devices) if devices and all("cpu" in device.lower() for device in devices) else None
 
 
@@ -340,11 +367,14 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote. Raises InputError for a damaged file."""
+def read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """What `write_json` wrote. Raises InputError for a file that is damaged, or lacks a field of one of these kinds."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError:
+        data = json.loads(path.read_bytes())
+        if not all(isinstance(data[name], kind) for name, kind in kinds.items()):
+            raise ValueError
+        return data
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise InputError(f"{path} is damaged; restore it, or choose another --workdir.") from None
 
 
@@ -373,4 +403,6 @@ def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "")
 
 
 def _show(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+    if isinstance(value, str) and len(value) == 64 and value.isalnum():
+        return f"{value[:12]}..."
+    return value if isinstance(value, str) and len(value) < 40 and value.isprintable() else shown(value)

@@ -27,7 +27,7 @@ from jaxlm.model import ModelConfig, Params, forward, init
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxlm.parallel import batch_sharding, mean_gradients
 from jaxlm.runs import Acceptable, Run, read_config
-from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer
+from jaxlm.tokenizers.base import InputError, Tokenizer, check_types, load_tokenizer, shown
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple["TrainState", Metrics]]
@@ -54,18 +54,21 @@ class TrainConfig:
     attention: Implementation | None = None  # reference, blocks or cudnn; None takes the best that the device has
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "batch_size", "log_every", "eval_every", "eval_documents", "sample_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is at least 1, not {getattr(self, name)}.")
         for name in ("checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is at least 1, not {getattr(self, name)}.")
+        if self.steps >= 2**31:
+            raise InputError(f"steps is below 2147483648, not {self.steps}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"The seed is from 0 to 4294967295, not {self.seed}.")
         if self.compute_type not in ("float32", "bfloat16"):
-            raise InputError(f"The compute type is float32 or bfloat16, not {self.compute_type!r}.")
+            raise InputError(f"The compute type is float32 or bfloat16, not {shown(self.compute_type)}.")
         if self.on_fault not in get_args(Policy):
-            raise InputError(f"on_fault is one of {', '.join(get_args(Policy))}, not {self.on_fault!r}.")
+            raise InputError(f"on_fault is one of {', '.join(get_args(Policy))}, not {shown(self.on_fault)}.")
         if self.spike_factor is not None and not (math.isfinite(self.spike_factor) and self.spike_factor > 1):
             raise InputError(f"The spike factor is a number above 1, not {self.spike_factor}.")
         learning_rate_schedule(self.optimizer, self.steps)
@@ -284,6 +287,24 @@ def load_warm_start(
     return tokenizer, params
 
 
+def stored_settings(identity: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
+    """The model and the training that a `run_identity` is of. Raises InputError for what is none."""
+    try:
+        optimizer = dict(identity["optimizer"])
+        steps = optimizer.pop("schedule_steps", None)
+        model, optimizer_config = ModelConfig(**identity["model"]), OptimizerConfig(**optimizer)
+        if steps is None:  # of any length that is longer than the warm-up
+            steps = 1 + (optimizer_config.warmup_steps or 0)
+        training = TrainConfig(
+            seed=identity["seed"], steps=steps, batch_size=identity["batch_size"], optimizer=optimizer_config
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("It doesn't name a model and a training; restore it.") from None
+    return model, training
+
+
 def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, Params]:
     """The tokenizer, the model's config and the newest parameters of a run directory, on the first device.
 
@@ -292,10 +313,10 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
     """
     identity = read_config(path)["identity"]
     tokenizer = load_tokenizer(Path(path) / "tokenizer")
-    model = ModelConfig(**identity["model"])
-    optimizer = dict(identity["optimizer"])
-    steps = optimizer.pop("schedule_steps", 1 + (optimizer["warmup_steps"] or 0))
-    config = TrainConfig(seed=identity["seed"], steps=steps, optimizer=OptimizerConfig(**optimizer))
+    try:
+        model, config = stored_settings(identity)
+    except InputError as error:
+        raise InputError(f"The config of the run in {path} can't be used. {error}") from None
     if not (Path(path) / "checkpoints").is_dir():
         raise InputError(f"The run in {path} has no checkpoint yet; train it further first.")
     checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxlm.data.hub import ALTERNATIVE, BATCH_ROWS, HubFile, hub_files, open_parquet, parquet_errors, parquet_texts
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, one_line, shown
 
+_MOST_BYTES = 1 << 27  # of a document or a line; a small compressed file can hold one that fills the memory
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -55,7 +56,7 @@ class Corpus:
                 if self.max_bytes is not None and total_bytes >= self.max_bytes:
                     return
         if total_bytes == 0:
-            raise InputError(f"The corpus {self.spec!r} holds no text; give one that does.")
+            raise InputError(f"The corpus {shown(self.spec, 200)} holds no text; give one that does.")
 
     def stamp(self) -> dict[str, Any]:
         """A cheap identity, JSON-able, of names, sizes (bytes) and times (ns): equal stamps mean the same documents.
@@ -115,7 +116,7 @@ class LocalFile:
             else:
                 lines = _lines(handle, self.path)
                 for document in [lines] if self.whole else _cut(lines):
-                    yield "".join(document).strip("\r\n")
+                    yield "".join(_bounded(document, self.path)).strip("\r\n")
 
     def identity(self) -> dict[str, Any]:
         """Path, size (bytes), time of the last change (ns), way of cutting. Raises InputError if the file is gone."""
@@ -131,7 +132,9 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"There is no file {path}; check the path.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is not a whole gzip file ({error}); download or compress it again.") from None
+        raise InputError(
+            f"{path} is not a whole gzip file ({one_line(str(error))}); download or compress it again."
+        ) from None
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror or error}); check its permissions, or give another file."
@@ -150,20 +153,22 @@ def _local_paths(spec: str) -> set[str]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         # A name that exists is taken as it is, so that brackets in it need no escape.
         if not any(character in name for character in "*?["):
-            raise InputError(f"There is no file or folder {spec!r}; check the path, or use `builtin`.") from None
+            raise InputError(
+                f"There is no file or folder {shown(spec, 200)}; check the path, or use `builtin`."
+            ) from None
         found = filter(os.path.isfile, glob.iglob(name, recursive=True))
     except OSError as error:
-        raise InputError(f"{spec!r} cannot be read ({error.strerror}); check its permissions.") from None
+        raise InputError(f"{shown(spec, 200)} cannot be read ({error.strerror}); check its permissions.") from None
     else:
         if stat.S_ISDIR(mode):
             found = _walk(name)
         elif name.lower().endswith(SUFFIXES):
             found = [name]
         else:
-            raise InputError(f"{spec!r} is of an unsupported kind; {kinds}.")
+            raise InputError(f"{shown(spec, 200)} is of an unsupported kind; {kinds}.")
     paths = {path for path in found if path.lower().endswith(SUFFIXES)}
     if not paths:
-        raise InputError(f"{spec!r} names no file of documents; {kinds}.")
+        raise InputError(f"{shown(spec, 200)} names no file of documents; {kinds}.")
     return paths
 
 
@@ -177,10 +182,12 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
 
-def _lines(handle: Iterable[bytes], path: Path) -> Iterator[str]:
+def _lines(handle: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[str]:
     """Lines with their ends, `\\n` alone ending a line; a byte order mark is no text."""
     offset = 0
-    for line in handle:
+    for line in iter(lambda: handle.readline(_MOST_BYTES + 1), b""):
+        if len(line) > _MOST_BYTES:
+            raise _too_long(path)
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -190,6 +197,22 @@ def _lines(handle: Iterable[bytes], path: Path) -> Iterator[str]:
             ) from None
         yield text.removeprefix("\ufeff") if offset == 0 else text
         offset += len(line)
+
+
+def _bounded(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """The lines of one document. Raises InputError if it is too long."""
+    size = 0
+    for line in lines:
+        size += len(line)
+        if size > _MOST_BYTES:
+            raise _too_long(path)
+        yield line
+
+
+def _too_long(path: Path) -> InputError:
+    return InputError(
+        f"{path} has a document or a line of more than {_MOST_BYTES / 1e6:.0f} MB; cut it into several documents."
+    )
 
 
 def _cut(lines: Iterable[str]) -> Iterator[Iterable[str]]:

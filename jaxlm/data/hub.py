@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from jaxlm.data.cache import cache_directory, caching, load_json, save_json
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,11 +66,12 @@ def open_parquet(handle: IO[bytes], name: str, buffer_size: int = 0) -> pq.Parqu
         file = pq.ParquetFile(handle, buffer_size=buffer_size, pre_buffer=False)
         schema = file.schema_arrow
     if "text" not in schema.names:
-        raise InputError(f"{name} has no column `text`, only {', '.join(schema.names)}; rename the one that holds it.")
+        names = one_line(", ".join(schema.names))
+        raise InputError(f"{name} has no column `text`, only {names}; rename the one that holds it.")
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise InputError(f"{name} has a column `text` of type {kind}; it must hold strings.")
+        raise InputError(f"{name} has a column `text` of type {one_line(str(kind))}; it must hold strings.")
     return file
 
 
@@ -246,7 +247,7 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """The first sentence of what an error says, without its full stop."""
-    return re.split(r"\.?\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
+    return one_line(re.split(r"\.?\n|\. ", str(error).strip())[0].rstrip(".")) or type(error).__name__
 
 
 def _cache_path(kind: str, *key: str) -> Path:

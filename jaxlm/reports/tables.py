@@ -83,9 +83,9 @@ def deviation(arm: Mapping[str, Any]) -> str:
 
 def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
     """A table of strings: the first column to the left, the others to the right."""
-    table = Table(title=title)
+    table = Table(title=None if title is None else Text(title))
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(Text(name), justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*map(Text, row))  # in which rich sees no markup
     return table

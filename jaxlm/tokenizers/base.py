@@ -13,14 +13,15 @@ import itertools
 import json
 import os
 import re
+import reprlib
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from numbers import Integral
+from functools import cache, cached_property
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,48 @@ _VISIBLE = str.maketrans({"\n": "⏎", "\t": "→", " ": "·", "\r": "␍"})
 
 class InputError(ValueError):
     """Bad input. The message is one sentence for the person who gave it: what is wrong, and what to do."""
+
+
+def shown(value: Any, length: int = 60) -> str:
+    """A value as it can stand in a sentence: its `repr`, shortened if it is long or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = length
+    return short.repr(value)
+
+
+def one_line(text: str, length: int = 200) -> str:
+    """What another library says, as it can stand in a sentence: printable, and cut if it is long."""
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[: length + 1])
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def check_types(config: Any) -> None:
+    """Raises InputError for a field of a dataclass whose value isn't of its type, or beyond 64 bits."""
+    for name, kinds in _field_kinds(config.__class__).items():
+        value = getattr(config, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = {Integral: "a whole number", Real: "a number", bool: "true or false", str: "a text"}
+            wanted = " or ".join(names.get(kind, "nothing" if kind is type(None) else kind.__name__) for kind in kinds)
+            raise InputError(f"{name} is {wanted}, not {shown(value)}.")
+        if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63:
+            raise InputError(f"{name} is a number below 2^63, not {shown(value)}.")
+
+
+@cache
+def _field_kinds(cls: type) -> dict[str, tuple[type, ...]]:
+    """What the value of each field of a dataclass can be an instance of."""
+    kinds: dict[Any, type] = {int: Integral, float: Real}
+
+    def of(hint: Any) -> Iterator[type]:
+        if get_origin(hint) is Literal:
+            yield from map(type, get_args(hint))
+        elif get_args(hint):
+            for part in get_args(hint):
+                yield from of(part)
+        else:
+            yield kinds.get(hint, hint)
+
+    return {name: tuple(dict.fromkeys(of(hint))) for name, hint in get_type_hints(cls).items()}
 
 
 class Tokenizer(ABC):
@@ -124,8 +167,8 @@ class Tokenizer(ABC):
                 name = match.group()
                 if allowed_special != "all" and name not in allowed_special:
                     raise InputError(
-                        f"The text contains the special token {name!r}; pass allowed_special={{{name!r}}} to encode it "
-                        'as that token, or allowed_special="none" to encode it as plain text.'
+                        f"The text contains the special token {shown(name)}; pass allowed_special={{{shown(name)}}} to "
+                        'encode it as that token, or allowed_special="none" to encode it as plain text.'
                     )
                 yield text[start : match.start()], self.special_tokens[name]
                 start = match.end()
@@ -288,25 +331,28 @@ def special_token_ids(
     taken = range(first_id) if taken is None else taken
     if isinstance(names, str | bytes | set | frozenset) or not isinstance(names, Iterable):
         raise InputError(
-            f"special_tokens is a mapping to ids or a sequence of names, such as ({END_OF_TEXT!r},), not {names!r}."
+            f"special_tokens is a mapping to ids or a sequence of names, such as ({END_OF_TEXT!r},), not "
+            f"{shown(names)}."
         )
     pairs = list(names.items()) if isinstance(names, Mapping) else [(n, first_id + i) for i, n in enumerate(names)]
     for name, token_id in pairs:
         if not isinstance(name, str):
-            raise InputError(f"The name of a special token is a str, not {name!r}.")
+            raise InputError(f"The name of a special token is a str, not {shown(name)}.")
         check_text(name)
         if not isinstance(token_id, Integral):
-            raise InputError(f"The special token {name!r} has the id {token_id!r}; an id is a whole number.")
+            raise InputError(f"The special token {shown(name)} has the id {shown(token_id)}; an id is a whole number.")
         if not name:
             raise InputError("A special token is empty; give it at least one character.")
         if token_id < 0:
-            raise InputError(f"The special token {name!r} has the id {token_id}; ids are at least 0.")
+            raise InputError(f"The special token {shown(name)} has the id {shown(token_id)}; ids are at least 0.")
         if token_id in taken:
-            raise InputError(f"The special token {name!r} has the id {token_id}, which an ordinary token has already.")
+            raise InputError(
+                f"The special token {shown(name)} has the id {token_id}, which an ordinary token has already."
+            )
     for what, values in (("name", [name for name, _ in pairs]), ("id", [token_id for _, token_id in pairs])):
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
-            raise InputError(f"The special-token {what} {twice[0]!r} is given twice; each needs its own.")
+            raise InputError(f"The special-token {what} {shown(twice[0])} is given twice; each needs its own.")
     return {name: int(token_id) for name, token_id in pairs}
 
 
@@ -358,27 +404,32 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     if not isinstance(directory, str | os.PathLike):
         raise InputError(f"A tokenizer is loaded from the directory that `save` wrote, not from {directory!r}.")
     path = Path(directory) / TOKENIZER_FILE
+    damaged = InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.")
     try:
         data = json.loads(path.read_bytes())
-        version, stored_hash, kind = data.pop("version"), data.pop("hash"), data["kind"]
+        found_hash = content_hash({key: value for key, value in data.items() if key not in ("version", "hash")})
+        version, stored_hash, kind = data.pop("version"), data.pop("hash"), data.pop("kind")
     except NotADirectoryError:
         raise InputError(f"{directory} is no directory; give the directory that `save` wrote.") from None
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"There is no tokenizer at {path}; give the directory that `save` wrote.") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}; check its permissions.") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None
+        raise damaged from None
     if not isinstance(kind, str) or kind not in TOKENIZER_KINDS:
-        raise InputError(f"{path} is of the unknown kind {kind!r}; known are {', '.join(sorted(TOKENIZER_KINDS))}.")
+        raise InputError(
+            f"{path} is of the unknown kind {shown(kind)}; known are {', '.join(sorted(TOKENIZER_KINDS))}."
+        )
     known = TOKENIZER_KINDS[kind].format_version
     if type(version) is not int or version != known:
         advice = "train the tokenizer again" if isinstance(version, int) and version < known else "use a newer jaxlm"
-        raise InputError(f"{path} has format version {version!r}; this jaxlm reads version {known}, so {advice}.")
-    if content_hash(data) != stored_hash:
+        raise InputError(f"{path} has format version {shown(version)}; this jaxlm reads version {known}, so {advice}.")
+    if found_hash != stored_hash:
         raise InputError(f"{path} doesn't match its hash: it was changed or damaged; save the tokenizer again.")
-    del data["kind"]
     try:
         return TOKENIZER_KINDS[kind]._from_content(data)
     except InputError as error:
         raise InputError(f"{path} can't be used. {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{path} is no tokenizer file, or it is damaged; save the tokenizer again.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+        raise damaged from None

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import math
 import operator
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +34,8 @@ from jaxlm.tokenizers.base import (
     each_text,
     encode_utf8,
     list_of_texts,
+    one_line,
+    shown,
     special_token_ids,
 )
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
@@ -44,6 +48,7 @@ if TYPE_CHECKING:  # the engine is imported where it is used, since numba takes 
 
 _BLOCK = 1 << 20  # characters that are encoded or counted together
 _PROGRESS_ROUNDS = 200
+_MOST_REPEATS = 10_000  # in a pattern of one's own
 _MOST_IDS = 1 << 24  # what is looked up by id has a place for each, used or not
 
 
@@ -80,7 +85,9 @@ class BPETokenizer(Tokenizer):
         self.whole: dict[bytes, int] = {}
         for chunk, token_id in (whole or {}).items():
             if not isinstance(chunk, bytes) or not chunk or not isinstance(token_id, Integral):
-                raise InputError(f"A whole chunk is at least one byte and has an id, not {chunk!r} and {token_id!r}.")
+                raise InputError(
+                    f"A whole chunk is at least one byte and has an id, not {shown(chunk)} and {shown(token_id)}."
+                )
             self.whole[chunk] = int(token_id)
         self._merges = np.array(self.merges, np.int32).reshape(-1, 2)
         try:
@@ -332,14 +339,15 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def _lengths(self) -> IdArray:
-        lengths = np.zeros(self.vocab_size, np.int32)
-        lengths[list(self._bytes_of)] = [len(token) for token in self._bytes_of.values()]
+        lengths = self._token_sizes.copy()
         lengths[list(self.special_tokens.values())] = 0
         return lengths
 
     @cached_property
     def _token_sizes(self) -> IdArray:
-        return np.array([len(self._bytes_of.get(token_id, b"")) for token_id in range(self.vocab_size)], np.int32)
+        sizes = np.zeros(self.vocab_size, np.int32)
+        sizes[list(self._bytes_of)] = [len(token) for token in self._bytes_of.values()]
+        return sizes
 
     @cached_property
     def _token_starts(self) -> npt.NDArray[np.int64]:
@@ -347,7 +355,7 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def _token_arena(self) -> npt.NDArray[np.uint8]:
-        tokens = [self._bytes_of.get(token_id, b"") for token_id in range(self.vocab_size)]
+        tokens = [self._bytes_of[token_id] for token_id in sorted(self._bytes_of)]
         return np.frombuffer(b"".join([*tokens, bytes(8)]), np.uint8)
 
     # ---- showing, saving, other formats
@@ -442,9 +450,16 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> BPETokenizer:
         lines = [line.split(" ") for line in content["merges"]]
+        merges = [(int(left), int(right)) for left, right, _ in lines]
+        # Before the tokens are made: forty merges, each of a token with itself, would make one of a terabyte.
+        sizes = [1] * 256
+        for index, ((left, right), line) in enumerate(zip(merges, lines, strict=True)):
+            if 0 <= left < len(sizes) and 0 <= right < len(sizes) and 2 * (sizes[left] + sizes[right]) != len(line[2]):
+                raise InputError(f"Merge {index} doesn't make the bytes that the file says, {line[2][:60]!r}.")
+            sizes.append(len(line[2]) // 2)
         ids = content["ids"]
         tokenizer = cls(
-            [(int(left), int(right)) for left, right, _ in lines],
+            merges,
             split=content["split"],
             pattern=content["pattern"],
             special_tokens=content["special_tokens"],
@@ -453,7 +468,7 @@ class BPETokenizer(Tokenizer):
         )
         for index, (token, line) in enumerate(zip(tokenizer._tokens[256:], lines, strict=True)):
             if token.hex() != line[2]:
-                raise InputError(f"Merge {index} makes the bytes {token.hex()}, and the file says {line[2]}.")
+                raise InputError(f"Merge {index} makes the bytes {token.hex()[:60]}, and the file says {line[2][:60]}.")
         return tokenizer
 
 
@@ -461,7 +476,7 @@ def check_highest_id(token_id: int) -> None:
     """Raises InputError for an id beyond what a vocabulary has places for."""
     if token_id >= _MOST_IDS:
         raise InputError(
-            f"The highest id of a BPE vocabulary is below {_MOST_IDS:,}, not {token_id:,}; use fewer or lower ids."
+            f"The highest id of a BPE vocabulary is below {_MOST_IDS:,}, not {shown(token_id)}; use fewer or lower ids."
         )
 
 
@@ -470,16 +485,22 @@ def check_split(split: str, pattern: str | None) -> None:
     import regex
 
     if split not in SPLIT_PATTERNS:
-        raise InputError(f"There is no split {split!r}; known are {', '.join(SPLIT_PATTERNS)}.")
+        raise InputError(f"There is no split {shown(split)}; known are {', '.join(SPLIT_PATTERNS)}.")
     if pattern is None:
         return
     if not isinstance(pattern, str):
-        raise InputError(f"A pattern is a regular expression as a str, not {pattern!r}.")
+        raise InputError(f"A pattern is a regular expression as a str, not {shown(pattern)}.")
     check_text(pattern)
+    # `regex` writes out what is repeated, so that "(?:a{9999}){9999}" would take gigabytes; recursion may have no end.
+    repeats = [max(1, int(digits[:9])) for digits in re.findall(r"\{\s*(\d+)", pattern)]
+    if math.prod(repeats) > _MOST_REPEATS:
+        raise InputError(f"The pattern {shown(pattern)} repeats something more than {_MOST_REPEATS:,} times.")
+    if re.search(r"\(\?(?:R|&|P>|[+-]?\d)", pattern):
+        raise InputError(f"The pattern {shown(pattern)} calls itself or a group; write it without.")
     try:
         regex.compile(pattern)
     except regex.error as error:
-        raise InputError(f"The pattern {pattern!r} is no regular expression: {error}.") from None
+        raise InputError(f"The pattern {shown(pattern)} is no regular expression: {one_line(str(error))}.") from None
     except RecursionError:
         raise InputError(f"The pattern of {len(pattern):,} characters has too many groups inside each other.") from None
 
@@ -491,7 +512,9 @@ def pairs_of_symbols(merges: Iterable[Iterable[int]]) -> list[Pair]:
         try:
             left, right = map(operator.index, merge)
         except (TypeError, ValueError):
-            raise InputError(f"Merge {index} is {merge!r}, not a pair of symbols, which are whole numbers.") from None
+            raise InputError(
+                f"Merge {index} is {shown(merge)}, not a pair of symbols, which are whole numbers."
+            ) from None
         pairs.append((left, right))
     return pairs
 
@@ -506,7 +529,7 @@ def merged_tokens(merges: Sequence[Pair]) -> list[bytes]:
     index_of: dict[Pair, int] = {}
     for index, pair in enumerate(merges):
         if not (0 <= pair[0] < len(tokens) and 0 <= pair[1] < len(tokens)):
-            raise InputError(f"Merge {index} joins the symbols {pair}, which don't both exist before it.")
+            raise InputError(f"Merge {index} joins the symbols {shown(pair)}, which don't both exist before it.")
         if index_of.setdefault(pair, index) != index:
             raise InputError(f"Merge {index} joins the symbols {pair}, as merge {index_of[pair]} does already.")
         tokens.append(tokens[pair[0]] + tokens[pair[1]])

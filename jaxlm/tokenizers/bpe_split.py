@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxlm.tokenizers import bpe_reference
-from jaxlm.tokenizers.base import InputError, check_text
+from jaxlm.tokenizers.base import InputError, check_text, shown
 from jaxlm.tokenizers.bpe_kernels import TEXT_END, kernel, load8
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 
@@ -135,7 +135,7 @@ class Splitter:
         for text in texts:
             chunks = bpe_reference.split(text, pattern)
             if "".join(chunks) != text:
-                raise InputError(f"The pattern {pattern!r} loses text: its matches don't add up to the text.")
+                raise InputError(f"The pattern {shown(pattern)} loses text: its matches don't add up to the text.")
             for chunk in chunks:
                 offset += len(chunk.encode())
                 ends.append(offset)

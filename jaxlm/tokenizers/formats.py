@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import regex
 
-from jaxlm.tokenizers.base import InputError, write_file
+from jaxlm.tokenizers.base import InputError, one_line, shown, write_file
 from jaxlm.tokenizers.bpe import BPETokenizer, merged_tokens
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 
@@ -107,15 +107,17 @@ def _check_ranks(items: Iterable[tuple[Any, Any]]) -> dict[bytes, int]:
     token_of: dict[int, bytes] = {}
     for token, rank in items:
         if not isinstance(token, bytes) or not hasattr(rank, "__index__"):
-            raise InputError(f"Ranks map bytes to integers, and these map {token!r} to {rank!r}.")
+            raise InputError(f"Ranks map bytes to integers, and these map {shown(token)} to {shown(rank)}.")
         if not token:
-            raise InputError(f"The token of rank {rank} is empty; each has at least one byte.")
+            raise InputError(f"The token of rank {shown(rank)} is empty; each has at least one byte.")
         if rank < 0:
-            raise InputError(f"The token {token!r} has the rank {rank}; ranks are at least 0.")
+            raise InputError(f"The token {shown(token)} has the rank {shown(rank)}; ranks are at least 0.")
         if token in ranks:
-            raise InputError(f"The token {token!r} is there twice, with the ranks {ranks[token]} and {rank}.")
+            raise InputError(
+                f"The token {shown(token)} is there twice, with the ranks {shown(ranks[token])} and {shown(rank)}."
+            )
         if rank in token_of:
-            raise InputError(f"The tokens {token_of[rank]!r} and {token!r} both have the rank {rank}.")
+            raise InputError(f"The tokens {shown(token_of[rank])} and {shown(token)} both have the rank {shown(rank)}.")
         ranks[token] = int(rank)
         token_of[ranks[token]] = token
     return ranks
@@ -172,17 +174,17 @@ def read_huggingface(cls: type[BPETokenizer], path: str | os.PathLike[str]) -> B
         return _from_json(cls, json.loads(content))
     except InputError as error:
         raise InputError(f"{path} can't be used. {error}") from None
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError):
         raise InputError(f"{path} is no tokenizer.json of Hugging Face tokenizers, or it is damaged.") from None
 
 
 def _from_json(cls: type[BPETokenizer], data: dict[str, Any]) -> BPETokenizer:
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
-        raise InputError(f"Its model is {model['type']}, and only byte-level BPE can be read.")
+        raise InputError(f"Its model is {one_line(str(model['type']), 60)}, and only byte-level BPE can be read.")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise InputError(f"Its model has the {name} {model[name]!r}, for which a BPETokenizer has no place.")
+            raise InputError(f"Its model has the {name} {shown(model[name])}, for which a BPETokenizer has no place.")
     if data.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
         raise InputError("It has a normalizer, which changes a text for good, and a BPETokenizer loses nothing.")
     split, pattern = _read_split(data.get("pre_tokenizer") or {"type": None})
@@ -191,7 +193,9 @@ def _from_json(cls: type[BPETokenizer], data: dict[str, Any]) -> BPETokenizer:
     for added in data.get("added_tokens") or ():
         for flag in ("single_word", "lstrip", "rstrip"):
             if added.get(flag):
-                raise InputError(f"Its added token {added['content']!r} has {flag}, which a special token can't have.")
+                raise InputError(
+                    f"Its added token {shown(added['content'])} has {flag}, which a special token can't have."
+                )
         special_tokens[added["content"]] = vocabulary.get(added["content"], added["id"])
 
     ordinary = {name: token for name in vocabulary if name not in special_tokens and (token := _spelt(name))}
@@ -201,7 +205,9 @@ def _from_json(cls: type[BPETokenizer], data: dict[str, Any]) -> BPETokenizer:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         for name in (left, right, left + right):
             if name not in ordinary:
-                raise InputError(f"Its merge of {left!r} and {right!r} needs {name!r}, which is no ordinary token.")
+                raise InputError(
+                    f"Its merge of {shown(left)} and {shown(right)} needs {shown(name)}, which is no ordinary token."
+                )
         order[ordinary[left], ordinary[right]] = index
     made_by = {left + right: Merge(index, left, right) for (left, right), index in order.items()}
     whole: list[bytes] = []
@@ -324,12 +330,15 @@ def _check_pattern(pattern: str, reader: str) -> None:
     """Raises InputError for a pattern with which the engine of another library may cut a text in other places."""
     for match in _READ_OTHERWISE[reader].finditer(pattern):
         if match.group(1):
+            part = shown(match.group(1))
             raise InputError(
-                f"The pattern {pattern!r} has {match.group(1)!r} in it, which the engine of {reader} may read in "
-                "another way than `regex` does, or not at all; say it differently."
+                f"The pattern {shown(pattern)} has {part} in it, which the engine of {reader} may read "
+                "in another way than `regex` does, or not at all; say it differently."
             )
     if reader == "tiktoken" and regex.match(pattern, ""):
-        raise InputError(f"The pattern {pattern!r} can match nothing, where tiktoken fails or loses text; avoid that.")
+        raise InputError(
+            f"The pattern {shown(pattern)} can match nothing, where tiktoken fails or loses text; avoid that."
+        )
 
 
 # ---- merges
@@ -386,7 +395,9 @@ def _in_order(made_by: Mapping[bytes, Merge]) -> list[bytes]:
         if keys[right][:1] == cause:
             before.add(left)
         if keys[left][:1] == keys[right][:1] or before & after:
-            raise InputError(f"The token {token!r} is merged before its parts are, in a way that merges here can't be.")
+            raise InputError(
+                f"The token {shown(token)} is merged before its parts are, in a way that merges here can't be."
+            )
     return sorted(made_by, key=keys.__getitem__)
 
 
@@ -422,7 +433,7 @@ def _tokens(tokenizer: BPETokenizer) -> dict[bytes, int]:
     for token, token_id in zip(ordinary, [*tokenizer.ids, *tokenizer.whole.values()], strict=True):
         if tokens.setdefault(token, token_id) != token_id:
             raise InputError(
-                f"The ids {tokens[token]} and {token_id} both stand for {token!r}; only one can be written."
+                f"The ids {tokens[token]} and {token_id} both stand for {shown(token)}; only one can be written."
             )
     return tokens
 

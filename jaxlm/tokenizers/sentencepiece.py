@@ -22,9 +22,11 @@ from jaxlm.tokenizers.base import END_OF_TEXT, IdArray, InputError, Tokenizer, c
 
 SPACE, ESCAPE = "\u2581", "\u2582"
 _ESCAPED = re.compile(f"[{SPACE}{ESCAPE}]")
-_SEQUENCE = re.compile(f"{ESCAPE}({ESCAPE}|\\.)".encode())
+_STANDS_FOR = {f"{ESCAPE}.".encode(): SPACE.encode(), (2 * ESCAPE).encode(): ESCAPE.encode(), SPACE.encode(): b" "}
+_SEQUENCE = re.compile(b"|".join(map(re.escape, _STANDS_FOR)))
 _SENTENCE_BYTES = 4192
-_UNKNOWN_ID, _END_OF_TEXT_ID = 0, 1
+_UNKNOWN_ID, _END_OF_TEXT_ID, _FIRST_BYTE_ID = 0, 1, 2
+_PROBE = " a  b\t\n \u2581\u2582\ufb01e\u0301\u0130\r\n\u3000\x00  "  # what other settings would change
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -44,11 +46,13 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError  # an empty model passes for no model at all
         except RuntimeError:
             raise InputError("The SentencePiece model can't be read; it is damaged or of another format.") from None
-        pieces = range(self._processor.vocab_size())
-        self._tokens = [self._piece_bytes(token_id) for token_id in pieces]
+        self._check_pieces()
+        self._tokens = [self._piece_bytes(token_id) for token_id in range(self._processor.vocab_size())]
         self.special_tokens = {END_OF_TEXT: _END_OF_TEXT_ID}
         self._lengths = np.array([len(token) for token in self._tokens], np.int32)
         self._lengths[_END_OF_TEXT_ID] = 0
+        if self.decode(self._encode_ordinary(_PROBE)) != _PROBE:
+            raise InputError("The SentencePiece model loses text; train one here, whose settings keep all of it.")
 
     @classmethod
     def train(
@@ -122,21 +126,33 @@ class SentencePieceTokenizer(Tokenizer):
         array = self._check_ids(ids)
         lengths = self._lengths[array]
         data = b"".join([self._tokens[token_id] for token_id in array.tolist()])
-        # An escape sequence stands for three bytes; what it has more is taken from its end.
+        # A sequence may have more bytes than what it stands for; these are taken from its end.
         owner = np.repeat(np.arange(len(array)), [len(self._tokens[token_id]) for token_id in array.tolist()])
         for match in _SEQUENCE.finditer(data):
-            np.subtract.at(lengths, owner[match.start() + 3 : match.end()], 1)
+            np.subtract.at(lengths, owner[match.start() + len(_STANDS_FOR[match.group()]) : match.end()], 1)
         return lengths
 
+    def _check_pieces(self) -> None:
+        """Raises InputError unless the marks and the bytes are where `train` has them."""
+        processor = self._processor
+        special = [i for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i)]
+        bytes_ = [i for i in range(processor.vocab_size()) if processor.is_byte(i)]
+        if (
+            special != [_UNKNOWN_ID, _END_OF_TEXT_ID]
+            or processor.unk_id() != _UNKNOWN_ID
+            or processor.id_to_piece(_END_OF_TEXT_ID) != END_OF_TEXT
+            or bytes_ != list(range(_FIRST_BYTE_ID, _FIRST_BYTE_ID + 256))
+            or [processor.id_to_piece(i) for i in bytes_] != [f"<0x{byte:02X}>" for byte in range(256)]
+        ):
+            raise InputError("The SentencePiece model has other pieces than one that was trained here; train it here.")
+
     def _piece_bytes(self, token_id: int) -> bytes:
-        piece = self._processor.id_to_piece(token_id)
         if self._processor.is_byte(token_id):
-            return bytes([int(piece[3:5], 16)])
-        if self._processor.is_unknown(token_id):
+            return bytes([token_id - _FIRST_BYTE_ID])
+        if token_id == _UNKNOWN_ID:
             return "\ufffd".encode()
-        if self._processor.is_control(token_id):
-            return piece.encode()
-        return piece.replace(SPACE, " ").encode()
+        piece: str = self._processor.id_to_piece(token_id)
+        return (piece if token_id == _END_OF_TEXT_ID else piece.replace(SPACE, " ")).encode()
 
     def _content(self) -> dict[str, Any]:
         return {"model": base64.b64encode(self._model).decode()}
@@ -151,7 +167,8 @@ def _escape(text: str) -> str:
 
 
 def _unescape(data: bytes) -> bytes:
-    return _SEQUENCE.sub(lambda match: (SPACE if match.group(1) == b"." else ESCAPE).encode(), data)
+    """The bytes of pieces put together. A space that no piece has comes as the three bytes of U+2581."""
+    return _SEQUENCE.sub(lambda match: _STANDS_FOR[match.group()], data)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,28 @@ def test_a_damaged_model_is_refused() -> None:
     for model in (b"", b"nothing", b"\xff" * 100):
         with pytest.raises(InputError, match="can't be read"):
             SentencePieceTokenizer(model)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_space_comes_back_from_a_model_that_has_learned_none(model_type: Any) -> None:
+    learned = SentencePieceTokenizer.train(["un\ndeux\n\ntrois\n" * 50], 269, model_type=model_type)
+    for text in (" ", "un deux", "  \u2581 \u2582. \u2582\u2582 "):
+        ids = learned.encode(text)
+        assert learned.decode(ids) == text
+        assert learned.byte_lengths(ids).sum() == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", b""), "other pieces"),
+        ((b"<|endoftext|>", b"<|endoftexT|>"), "other pieces"),
+        ((b"identity\x12\x00\x18\x00", b"identity\x12\x00\x18\x01"), "loses text"),  # a space in front
+        ((b"\x18\x00 \x00", b"\x18\x00 \x01"), "loses text"),  # no spaces beside spaces,
+    ],
+)
+def test_a_model_with_other_pieces_or_settings_is_refused(change: tuple[bytes, bytes], message: str) -> None:
+    model = base64.b64decode(SentencePieceTokenizer.train(["un deux trois\n"] * 20, 272)._content()["model"])
+    assert change[0] in model
+    with pytest.raises(InputError, match=message):
+        SentencePieceTokenizer(model.replace(*change))
