@@ -57,7 +57,7 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_writable(Path(config.workdir))
+    check_writable(config.workdir)
     if (Path(config.workdir) / "config.json").exists():
         raise InputError(f"{config.workdir} holds a training run; choose another --workdir.")
     vocab_size = config.vocab_size if config.steps is None else 257 + config.steps

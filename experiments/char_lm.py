@@ -27,7 +27,7 @@ from jaxlm.model import ModelConfig
 from jaxlm.parallel import use_cores
 from jaxlm.runs import Run, recorded_devices
 from jaxlm.tokenizers import CharTokenizer
-from jaxlm.training import TrainConfig, run_identity
+from jaxlm.training import TrainConfig, check_memory, run_identity
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def main(config: Config) -> None:
         sample_run(config.workdir, config.sampling, config.training.seed)
         return
     use_cores(config.training.batch_size, recorded_devices(config.workdir))
+    check_memory(config.model, config.training)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     settings = {"kind": "char", "vocab_size": config.model.vocab_size}

@@ -21,7 +21,7 @@ from jaxlm.progress import share_progress
 from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
 from jaxlm.runs import Run, console, read_metrics
-from jaxlm.sampling import sample_text
+from jaxlm.sampling import check_sampling, sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
 from jaxlm.training import TrainConfig, load_trained
 
@@ -74,6 +74,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise InputError(f"num_tokens is at least 1, not {self.num_tokens}.")
+        check_sampling(self.temperature, self.top_k)
 
 
 def train_and_show(

@@ -18,8 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
 import tensorboardX
 from rich.console import Console
 
@@ -29,6 +27,7 @@ CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jso
 NATS_FILE = "final_nats.npy"  # of each held-out document, float64
 FAILED_FILE = "failed.json"
 _FORMAT = 1
+_CONFIG_TYPES = {"version": int, "identity": dict, "environment": dict, "tokenizer_hash": str}
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
 console = Console(highlight=False, emoji=False)
@@ -49,6 +48,7 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+        check_writable(path)
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))
         self.exists = os.path.exists(self.path / CONFIG_FILE)
@@ -63,7 +63,7 @@ class Run:
                     f"{self.path} holds another run, which differs in {', '.join(differing)}; choose another --workdir "
                     "or repeat its settings."
                 )
-        check_writable(self.path)
+        _check_kinds(self.path)
         self._board: tensorboardX.SummaryWriter | None = None
         self._lock: IO[str] | None = None
 
@@ -102,6 +102,8 @@ class Run:
             path = self.path / name
             if path.exists():
                 os.truncate(path, min(path.stat().st_size, log_sizes.get(name, 0)))
+        if log_sizes.get(METRICS_FILE) and not read_metrics(self.path):
+            raise InputError(f"{self.path / METRICS_FILE} is damaged; restore it, or choose another --workdir.")
         (self.path / FAILED_FILE).unlink(missing_ok=True)
         if self._board is not None:
             self._board.close()
@@ -145,12 +147,16 @@ class Run:
 
     def close(self) -> None:
         """Writes what TensorBoard still holds back, and lets other processes have the directory."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._board is not None:
+            board, self._board = self._board, None
+            try:
+                board.close()
+            except OSError as error:
+                board.file_writer.event_writer._closed = True  # it would try once more when the process ends
+                raise OSError(error.errno, error.strerror, str(self.path / "tensorboard")) from None
 
     def _take_lock(self) -> None:
         # The lock goes with the process, however it ends; a file that merely exists would outlive a killed one.
@@ -175,12 +181,14 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / CONFIG_FILE
     try:
         config = json.loads(file.read_bytes())
+        if any(type(config[name]) is not kind for name, kind in _CONFIG_TYPES.items()):
+            raise TypeError
         if config["version"] > _FORMAT:
             raise InputError(f"{file} was written by a newer jaxlm; use that one.")
         return config
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"There is no run in {path}; train one first, or give the directory of one.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, IsADirectoryError, KeyError, TypeError):
         raise InputError(f"{file} is damaged; restore it, or choose another --workdir.") from None
 
 
@@ -190,18 +198,37 @@ def stored_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off is left out."""
+    """The lines of metrics.jsonl; last ones that were cut off, or became nonsense when the power went, are left out.
+
+    Raises:
+      InputError: a line before a whole one is damaged.
+    """
     file = Path(path) / METRICS_FILE
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    records = [_record(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
+    while records and not records[-1]:
+        records.pop()
+    if not all(records):
+        raise InputError(f"{file}, line {records.index({}) + 1} is damaged; restore it, or choose another --workdir.")
+    return records
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """A line of the metrics; empty if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) and type(record.get("step")) is int else {}
 
 
 def recorded_devices(path: str | os.PathLike[str]) -> int | None:
     """How many CPU devices the run in a directory was begun on; None if there is no run, or on another backend."""
     if not os.path.exists(Path(path) / CONFIG_FILE):
         return None
-    devices = read_config(path).get("environment", {}).get("devices", [])
-    return len(devices) if devices and all("cpu" in device.lower() for device in devices) else None
+    devices = read_config(path)["environment"].get("devices")
+    if not isinstance(devices, list) or not devices:
+        return None
+    return len(devices) if all("cpu" in str(device).lower() for device in devices) else None
 
 
 def environment(devices: list[str]) -> dict[str, Any]:
@@ -241,23 +268,30 @@ def read_json(path: Path) -> Any:
     """What `write_json` wrote. Raises InputError for a damaged file."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is damaged; restore it, or choose another --workdir.") from None
 
 
-def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Writes an array as a .npy file, whole or not at all."""
-    with replacing(path) as temporary:
-        np.save(temporary, array, allow_pickle=False)
-
-
-def check_writable(path: Path) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises InputError unless the directory, or the first of its parents that exists, can be written."""
-    existing = path.absolute()
-    while not os.path.exists(existing):
+    if not os.fspath(path).strip():
+        raise InputError("The workdir is an empty name; give the --workdir that the results are to be in.")
+    existing = Path(path).absolute()
+    while not os.path.lexists(existing):
         existing = existing.parent
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"The directory {path} can't be written; choose another --workdir.")
+
+
+def _check_kinds(path: Path) -> None:
+    """Raises InputError if there is a file in the place of one of a run's folders, or the other way round."""
+    for names, kind, is_other in (
+        (("tokenizer", "tensorboard", "checkpoints"), "folder", os.path.isfile),
+        ((METRICS_FILE, SAMPLES_FILE, LOCK_FILE, NATS_FILE, FAILED_FILE), "file", os.path.isdir),
+    ):
+        for name in names:
+            if is_other(path / name):
+                raise InputError(f"{path / name} is no {kind}; move it away, or choose another --workdir.")
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

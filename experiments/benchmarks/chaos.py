@@ -51,6 +51,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.kills < 1 or self.steps < 1:
             raise InputError("There has to be at least one kill, and a training of at least one step.")
+        TrainConfig(steps=self.steps)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _local_paths(spec: str) -> set[str]:
             raise InputError(f"There is no file or folder {spec!r}; check the path, or use `builtin`.") from None
         found = filter(os.path.isfile, glob.iglob(name, recursive=True))
     except OSError as error:
-        raise InputError(f"{spec!r} cannot be read ({error.strerror}); check its permissions.") from None
+        raise InputError(f"{spec!r} cannot be read ({error.strerror}); check the path and its permissions.") from None
     else:
         if stat.S_ISDIR(mode):
             found = _walk(name)
@@ -164,6 +164,10 @@ def _local_paths(spec: str) -> set[str]:
     paths = {path for path in found if path.lower().endswith(SUFFIXES)}
     if not paths:
         raise InputError(f"{spec!r} names no file of documents; {kinds}.")
+    for path in sorted(paths):
+        with _reading(Path(path)):
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, and a device may have no end
+                raise InputError(f"{path} is no regular file; copy its text into one.")
     return paths
 
 

@@ -181,8 +181,8 @@ def test_vocabulary_too_small_or_too_large(refused: Callable[..., str], corpus: 
 def test_sizes_that_do_not_divide_or_make_no_sense(refused: Callable[..., str]) -> None:
     assert "5 heads" in refused("char_lm", "--num-heads", "5")
     assert "context" in refused("char_lm", "--context", "1")
-    assert "batch_size is at least 1" in refused("char_lm", "--batch-size", "0")
-    assert "batch_size is at least 1" in refused("compare_tokenizers", "--batch-size", "0")
+    assert "batch_size is from 1 to 2147483647" in refused("char_lm", "--batch-size", "0")
+    assert "batch_size is from 1 to 2147483647" in refused("compare_tokenizers", "--batch-size", "0")
     assert "steps" in refused("char_lm", "--steps", "0")
     assert "warm-up" in refused("char_lm", "--steps", "3", "--warmup-steps", "3")
     assert "learning rate" in refused("char_lm", "--learning-rate", "nan")
@@ -198,8 +198,8 @@ def test_options_that_exclude_each_other(refused: Callable[..., str], corpus: st
     assert "window is from 1 to its context of 16, not 17" in refuse("--context 16 --window 17")
     assert "4 heads don't divide among 3" in refuse("--num-heads 4 --num-kv-heads 3")
     assert "no shorter than the run" in refuse("--steps 5 --warmup-steps 5")
-    assert "learning rate is a positive number, not -1.0" in refuse("--learning-rate -1")
-    assert "muon learning rate is a positive number, not 0.0" in refuse("--muon-learning-rate 0")
+    assert "learning rate is a positive float32 number, not -1.0" in refuse("--learning-rate -1")
+    assert "muon learning rate is a positive float32 number, not 0.0" in refuse("--muon-learning-rate 0")
     assert "decay share" in refuse("--decay-share nan")
     assert "cudnn attention needs a GPU" in refuse("--attention cudnn --vocab-size 30 --context 16")
 
