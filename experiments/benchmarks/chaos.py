@@ -54,6 +54,9 @@ class Config:
         TrainConfig(steps=self.steps)
 
 
+PRESETS = {"all": Config()}
+
+
 @dataclass(frozen=True)
 class Result:
     """What the kills did: how many there were, in how many rounds, steps taken again, and seconds of them."""
@@ -170,4 +173,4 @@ def fingerprint(workdir: Path) -> str:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.chaos", {"all": Config()}, main)
+    program("experiments.benchmarks.chaos", PRESETS, main)

@@ -47,6 +47,9 @@ class Config:
         replace(self.training, steps=self.blocks * self.block_steps)
 
 
+PRESETS = {"seed": Config()}
+
+
 def main(config: Config) -> None:
     use_cores(config.training.batch_size)
     check_memory(config.model, config.training)
@@ -100,4 +103,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.overhead", {"seed": Config()}, main)
+    program("experiments.benchmarks.overhead", PRESETS, main)

@@ -46,6 +46,9 @@ class Config:
             raise InputError(f"score_every is at least 1, not {self.score_every}.")
 
 
+PRESETS = {"seed": Config()}
+
+
 def main(config: Config) -> None:
     model, training = config.model, config.training
     use_cores(training.batch_size)
@@ -78,4 +81,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.seed_curve", {"seed": Config()}, main)
+    program("experiments.benchmarks.seed_curve", PRESETS, main)

@@ -46,6 +46,9 @@ class Config:
             raise InputError(f"The number of rounds is at least 1, not {self.rounds}.")
 
 
+PRESETS = {"all": Config()}
+
+
 SHAPES = ((8, 256), (32, 128), (64, 256))  # batch, context
 
 
@@ -116,4 +119,4 @@ def timed(take: Callable[[], Any], times: int) -> float:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.seeds", {"all": Config()}, main)
+    program("experiments.benchmarks.seeds", PRESETS, main)

@@ -69,6 +69,9 @@ class Config:
             raise InputError(f"The stream has more than 0 and at most 1,000 GB, not {self.stream_gb}.")
 
 
+PRESETS = {"default": Config()}
+
+
 class Process:
     """A library in a process of its own."""
 
@@ -245,4 +248,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.tokenizers", {"default": Config()}, main)
+    program("experiments.benchmarks.tokenizers", PRESETS, main)

@@ -58,6 +58,9 @@ class Config:
             raise InputError("There is at least one round, and a turn takes some time, an hour at most.")
 
 
+PRESETS = {"default": Config(torch_python=sys.executable)}
+
+
 class Contender:
     """A process that takes training steps when it is told to."""
 
@@ -139,4 +142,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.training", {"default": Config(torch_python=sys.executable)}, main)
+    program("experiments.benchmarks.training", PRESETS, main)
