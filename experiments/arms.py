@@ -23,12 +23,12 @@ from experiments.language_model import tokenize
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import Corpus
 from jaxlm.data.shards import Survey, TokenizedCorpus, train_documents
-from jaxlm.model import ModelConfig, count_parameters, embedding_parameters, flops_per_token, init
+from jaxlm.model import LARGEST_INT, ModelConfig, count_parameters, embedding_parameters, flops_per_token, init
 from jaxlm.parallel import batch_sharding, data_mesh, replicated
 from jaxlm.runs import read_json, write_json
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.tokenizers.base import InputError, shown
-from jaxlm.training import TrainConfig, init_state, make_joint_step, make_train_step
+from jaxlm.training import TrainConfig, check_memory, init_state, make_joint_step, make_train_step
 
 Unit = Literal["bytes", "tokens", "flops", "seconds"]
 
@@ -209,7 +209,7 @@ def make_arm(
     long on average, in however many tokens, and a batch has as many windows in every arm.
 
     Raises:
-      InputError: a tokenizer that loses text, or too little text for one window.
+      InputError: a tokenizer that loses text, too little text for one window, or too little memory for the model.
     """
     data = tokenize(corpus, survey, made.tokenizer)
     context = model.context
@@ -219,6 +219,7 @@ def make_arm(
         window = None if window is None else max(1, min(context, round(window / data.train.bytes_per_token)))
     model = replace(model, vocab_size=made.tokenizer.vocab_size, context=context, window=window)
     model = resized(model, *spec.size)
+    check_memory(model, training)
     make_batches(data.train, context=context, batch_size=training.batch_size, seed=training.seed)
     arm = Arm(spec, made, data, model, training, flops=0, parameters=0, embedding_parameters=0)
     return _with_model(arm, model)
@@ -258,7 +259,10 @@ def with_parameters(arm: Arm, parameters: int) -> Arm:
 
 def with_budget(arm: Arm, unit: Unit, size: float, seeds: int = 1) -> Arm:
     """The arm with as many updates as come nearest to a budget, one at least."""
-    return with_updates(arm, max(1, round(size / arm.per_update(unit, seeds))))
+    steps = size / arm.per_update(unit, seeds)
+    if steps > LARGEST_INT:
+        raise InputError(f"A budget of {size:g} {unit} is {steps:.3g} updates of {arm.spec.name}; make it smaller.")
+    return with_updates(arm, max(1, round(steps)))
 
 
 def with_updates(arm: Arm, steps: int) -> Arm:

@@ -22,7 +22,7 @@ from jaxlm.reports.figures import tokenizer_figure
 from jaxlm.reports.tables import rows_table, token_text
 from jaxlm.runs import check_writable, console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from jaxlm.tokenizers.base import InputError, visible
+from jaxlm.tokenizers.base import InputError, check_text, visible
 
 SENTENCE = "L'été, les hirondelles reviennent nicher sous les toits du village."
 
@@ -47,6 +47,8 @@ class Config:
             raise InputError("The seed and the number of sentences are at least 0.")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"The number of merges is at least 0, not {self.steps}.")
+        if self.explain is not None:
+            check_text(self.explain)
 
 
 PRESETS = {
@@ -57,7 +59,7 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_writable(Path(config.workdir))
+    check_writable(config.workdir)
     if (Path(config.workdir) / "config.json").exists():
         raise InputError(f"{config.workdir} holds a training run; choose another --workdir.")
     vocab_size = config.vocab_size if config.steps is None else 257 + config.steps

@@ -23,6 +23,10 @@ from jaxlm.loop import RunFailed, RunInterrupted
 from jaxlm.tokenizers.base import InputError, one_line, shown
 
 Config = TypeVar("Config")
+MOST_SEEDS = 1_000
+_UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+)  # fmt: skip
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -30,6 +34,8 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def program(module: str, presets: Mapping[str, Config], main: Callable[[Config], None]) -> NoReturn:
     """Parses the flags of `python -m module`, runs `main` and exits with the status that says how it went."""
     arguments = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what the terminal's encoding can't
+        sys.stdout.reconfigure(errors="backslashreplace")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start finds its programs compiled
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -51,7 +57,7 @@ def program(module: str, presets: Mapping[str, Config], main: Callable[[Config],
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _end(1, f"Writing failed: {error.strerror} ({error.filename}); make room and run the same command again.")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR):
+        if error.errno in _UNUSABLE:
             _end(2, f"{error.filename} can't be used: {error.strerror}; check its permissions or choose another path.")
         raise
     sys.exit(0)
@@ -82,12 +88,18 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Config], name: str) ->
         raise InputError(f"{_unboxed(boxed.getvalue())}; see {name} --help.") from None
 
 
+def check_seeds(seeds: int) -> None:
+    """Raises InputError unless so many seeds can be tried."""
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise InputError(f"The number of seeds is from 1 to {MOST_SEEDS}, not {seeds}.")
+
+
 def _unboxed(box: str) -> str:
-    """The first paragraph of one of tyro's boxes, as one line."""
+    """The first paragraph of one of tyro's boxes, as one line; without UTF-8 they are ruled with hyphens."""
     lines: list[str] = []
-    for line in box.splitlines():
-        text = line.strip("│| ")
-        if set(text) <= set("─╭╮╰╯+-") or "Parsing error" in text:
+    for line in box.splitlines()[1:]:
+        text = line.strip("│ ")
+        if set(text) <= set("─╰╯-"):
             if lines:
                 break
             continue

@@ -42,7 +42,7 @@ from experiments.arms import (
     with_parameters,
     with_updates,
 )
-from experiments.command_line import program
+from experiments.command_line import check_seeds, program
 from experiments.language_model import MODERN_MODEL, MODERN_OPTIMIZER
 from experiments.sweep import Outcome, check_factors, grid_runs, train_arm
 from jaxlm.data.documents import Corpus, open_corpus
@@ -88,8 +88,7 @@ class Config:
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_000, eval_every=100))
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"The number of seeds is at least 1, not {self.seeds}.")
+        check_seeds(self.seeds)
         if self.budget not in ("bytes", "tokens", "flops", "seconds"):
             raise InputError(f"The budget is in bytes, tokens, flops or seconds, not {self.budget!r}.")
         if self.budget_size is not None and not (math.isfinite(self.budget_size) and self.budget_size > 0):
@@ -107,7 +106,7 @@ class Config:
         for size in self.sizes:
             if not _SIZE.fullmatch(size):
                 raise InputError(f"A model size is layers x width, as 2x128, not {size!r}.")
-        check_factors(self.rate_factors)
+        check_factors(self.training, self.rate_factors)
         replace(self.training, seed=self.training.seed + self.seeds - 1)  # the last seed is in range, too
 
     def specs(self) -> list[Spec]:
@@ -164,8 +163,8 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    check_writable(config.workdir)
     workdir = Path(config.workdir)
-    check_writable(workdir)
     wanted = config.specs()
     recorded = (recorded_devices(path) for path in sorted(workdir.glob("arms/*/rate-*/seed-*")))
     use_cores(config.training.batch_size, next(filter(None, recorded), None))

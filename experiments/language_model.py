@@ -25,9 +25,9 @@ from jaxlm.progress import share_progress
 from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
 from jaxlm.runs import Acceptable, console, read_metrics, recorded_devices
-from jaxlm.sampling import sample_text
+from jaxlm.sampling import check_sampling, sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
-from jaxlm.training import TrainConfig, load_trained, load_warm_start, open_run
+from jaxlm.training import TrainConfig, check_memory, load_trained, load_warm_start, open_run
 
 # For runs of minutes: between two rates, 2e-3 and 4e-3, that scored alike. The seed recipe is the default.
 QUICK_OPTIMIZER = OptimizerConfig(
@@ -78,6 +78,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise InputError(f"num_tokens is at least 1, not {self.num_tokens}.")
+        check_sampling(self.temperature, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def run(
         sample_run(config.workdir, config.sampling, config.training.seed)
         return
     use_cores(config.training.batch_size, recorded_devices(config.workdir))
+    check_memory(config.model, config.training)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     run = open_run(

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from experiments.command_line import program
+from experiments.command_line import check_seeds, program
 from experiments.language_model import MODERN_BPE_MODEL, MODERN_MODEL, MODERN_OPTIMIZER, tokenize
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
@@ -40,7 +40,7 @@ from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated,
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import TrainConfig, init_state, make_train_step
+from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step
 
 SHORT = TrainConfig(steps=600, batch_size=8, optimizer=replace(MODERN_OPTIMIZER, muon_learning_rate=0.01))
 MIDDLE = replace(SHORT, steps=1_500)
@@ -63,8 +63,7 @@ class Config:
     training: TrainConfig = SHORT
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"The number of seeds is at least 1, not {self.seeds}.")
+        check_seeds(self.seeds)
         if not 0.0 <= self.first_share <= 1.0:
             raise InputError(f"The first share is from 0 to 1, not {self.first_share}.")
         if not 2 <= self.first_context <= self.model.context or self.model.context % self.first_context:
@@ -94,6 +93,7 @@ class Result:
 
 def main(config: Config) -> None:
     use_cores(config.training.batch_size)
+    check_memory(config.model, config.training)
     corpus = open_corpus(config.corpus)
     survey = survey_corpus(corpus)
     make = CharTokenizer.train if config.tokenizer == "char" else BPETokenizer.train

@@ -227,9 +227,11 @@ def in_groups(items: Sequence[int], devices: int, most: int | None) -> list[list
     return groups
 
 
-def check_factors(factors: Sequence[float]) -> None:
-    """Raises InputError unless they are positive, finite, and each is there once."""
+def check_factors(training: TrainConfig, factors: Sequence[float]) -> None:
+    """Raises InputError unless they are positive, each is there once, and learning rates remain what they can be."""
     if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):
         raise InputError("The factors of the learning rate are positive numbers, at least one.")
     if len({f"{factor:g}" for factor in factors}) < len(factors):
         raise InputError("A factor of the learning rate stands twice; name each once.")
+    for factor in factors:
+        at_rate(training, factor)

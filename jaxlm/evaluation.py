@@ -20,7 +20,7 @@ from jaxlm.model import ModelConfig, Params, forward
 from jaxlm.parallel import sharding_beside
 from jaxlm.tokenizers.base import InputError
 
-_BATCH = 32
+WINDOWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def evaluate(
     params: Params, config: ModelConfig, stream: TokenStream, end_of_text_id: int, *, num_documents: int | None = None
 ) -> Evaluation:
     """Scores the first `num_documents` documents of `stream` (None: all), each alone, after one end-of-text token."""
-    divided = sharding_beside(params, _BATCH)
+    divided = sharding_beside(params, WINDOWS_AT_ONCE)
 
     def score_windows(*windows: jax.Array) -> jax.Array:
         return _score_window(params, config, *jax.device_put(windows, divided))
@@ -128,9 +128,9 @@ def _batched(
     done = False
     while not done:
         owners = []
-        inputs_BT, targets_BT = np.zeros((2, _BATCH, context), np.int32)
-        scored_BT = np.zeros((_BATCH, context), bool)
-        for row in range(_BATCH):
+        inputs_BT, targets_BT = np.zeros((2, WINDOWS_AT_ONCE, context), np.int32)
+        scored_BT = np.zeros((WINDOWS_AT_ONCE, context), bool)
+        for row in range(WINDOWS_AT_ONCE):
             window = next(windows, None)
             if window is None:
                 done = True

@@ -31,9 +31,9 @@ from jaxlm.faults import Faults, Rewind
 from jaxlm.model import ModelConfig, Params, count_parameters, flops_per_token
 from jaxlm.parallel import batch_sharding, check_compute_type, data_mesh, one_at_a_time, peak_flops, replicated
 from jaxlm.progress import Figures, Reporter, TerminalReporter
-from jaxlm.runs import NATS_FILE, Run, console, environment, read_metrics, save_array
+from jaxlm.runs import NATS_FILE, Run, console, environment, read_metrics
 from jaxlm.sampling import sample_text
-from jaxlm.tokenizers.base import InputError, Tokenizer
+from jaxlm.tokenizers.base import InputError, Tokenizer, save_array
 from jaxlm.training import Metrics, TrainConfig, TrainState, init_state, make_joint_step, make_train_step, random_key
 
 

@@ -7,13 +7,13 @@ are what every backend does best.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.attention import Implementation, causal_attention
 from jaxlm.dropout import dropout
@@ -21,7 +21,10 @@ from jaxlm.tokenizers.base import InputError, check_types, shown
 
 Params = Any
 
+# Numbers beyond these are others on the device.
+LARGEST_INT, LARGEST_FLOAT = int(np.iinfo(np.int32).max), float(np.finfo(np.float32).max)
 _MOST = 1 << 24  # of anything that a model has several of
+
 _CHOICES = {
     "norm": ("layer", "rms"),
     "positions": ("learned", "rope"),
@@ -58,10 +61,9 @@ class ModelConfig:
         for name in (
             "vocab_size", "context", "width", "num_layers", "num_heads", "feed_forward_width", "input_tokens",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"The model's {name} is at least 1, not {getattr(self, name)}.")
-            if getattr(self, name) > _MOST:
-                raise InputError(f"The model's {name} is at most {_MOST:,}, not {getattr(self, name):,}.")
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or not 1 <= value <= _MOST:
+                raise InputError(f"The model's {name} is a whole number from 1 to {_MOST:,}, not {value!r}.")
         if self.context < 2:
             raise InputError("The model's context is at least 2 tokens, so that held-out windows can overlap by half.")
         if self.width % self.num_heads:
@@ -87,8 +89,8 @@ class ModelConfig:
             raise InputError(f"The model's window is from 1 to its context of {self.context}, not {self.window}.")
         for name in ("rope_base", "logit_cap"):
             value = getattr(self, name)
-            if not (value is None and name == "logit_cap") and not (value and math.isfinite(value) and value > 0):
-                raise InputError(f"The model's {name} is a positive number, not {value}.")
+            if not (value is None and name == "logit_cap") and not (value and 0 < value <= LARGEST_FLOAT):
+                raise InputError(f"The model's {name} is a positive float32 number, not {value}.")
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
@@ -114,6 +116,20 @@ def forward(
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(len(tokens_BT)))
     logits_NV: jax.Array = Decoder(config, attention).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
     return logits_NV.reshape(*tokens_BT.shape, config.vocab_size).astype(jnp.float32)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """How many numbers `init` would give, by formula: tracing takes its time for each layer, be there a billion."""
+    width, biases = config.width, int(config.biases)
+    norm = 2 * width if config.norm == "layer" else width
+    kv_width = width // config.num_heads * (config.num_kv_heads or config.num_heads)
+    attention = 2 * width * width + 2 * width * kv_width + biases * width
+    ups = 2 if config.activation == "swiglu" else 1
+    mlp = (ups + 1) * width * config.feed_forward_width + biases * (ups * config.feed_forward_width + width)
+    tables = config.input_tokens * config.vocab_size * width
+    tables += config.context * width if config.positions == "learned" else 0
+    head = 0 if config.tied_head else config.vocab_size * (width + biases)
+    return tables + config.num_layers * (attention + mlp + 2 * norm) + norm + head
 
 
 def count_parameters(params: Params) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxlm.model import LARGEST_FLOAT
 from jaxlm.parallel import share_among
 from jaxlm.tokenizers.base import InputError, check_types, shown
 
@@ -37,8 +38,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("learning_rate", "muon_learning_rate"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InputError(f"The {name.replace('_', ' ')} is a positive number, not {getattr(self, name)}.")
+            if not 0 < getattr(self, name) <= LARGEST_FLOAT:
+                raise InputError(
+                    f"The {name.replace('_', ' ')} is a positive float32 number, not {getattr(self, name)}."
+                )
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise InputError(
@@ -51,10 +54,10 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"The optimizer's {name} is from 0 to below 1, not {getattr(self, name)}.")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"The weight decay is a number of at least 0, not {self.weight_decay}.")
-        if self.clip_norm is not None and not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            raise InputError(f"The clipping norm is a positive number, not {self.clip_norm}.")
+        if not 0 <= self.weight_decay <= LARGEST_FLOAT:
+            raise InputError(f"The weight decay is a float32 number of at least 0, not {self.weight_decay}.")
+        if self.clip_norm is not None and not 0 < self.clip_norm <= LARGEST_FLOAT:
+            raise InputError(f"The clipping norm is a positive float32 number, not {self.clip_norm}.")
 
 
 _CHOICES = {

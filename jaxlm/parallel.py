@@ -78,6 +78,12 @@ def peak_flops() -> tuple[float, str] | None:
     return None
 
 
+def memory_bytes() -> int:
+    """The memory of all devices together; of the machine, if they are its CPU."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit * jax.device_count() if limit else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_compute_type(compute_type: str) -> None:
     """Raises InputError for bfloat16 on a GPU that has none (it came with compute capability 8)."""
     device = jax.devices()[0]

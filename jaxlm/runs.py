@@ -20,8 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -34,6 +32,7 @@ NATS_FILE = "final_nats.npy"  # of each held-out document, float64
 FAILED_FILE = "failed.json"
 _FORMAT = 1
 _NAMED = 6  # fields, at most, that a message names
+_CONFIG_TYPES = {"version": int, "identity": dict, "environment": dict, "tokenizer_hash": str}
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
 Acceptable = Literal["corpus", "tokenizer"]
@@ -65,6 +64,7 @@ class Run:
         defaults: Mapping[str, dict[str, Any]] | None = None,
         accept: Collection[Acceptable] = (),
     ) -> None:
+        check_writable(path)
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))
         self._defaults, self._accept = defaults or {}, accept
@@ -72,7 +72,7 @@ class Run:
         self.description: dict[str, Any] = {}  # of a started run: its identity, tokenizer and environment
         if self.exists:
             self._check_identity(read_config(self.path)["identity"], f"{self.path} holds another run, which")
-        check_writable(self.path)
+        _check_kinds(self.path)
         self._board: _Board | None = None
         self._lock: IO[str] | None = None
 
@@ -138,8 +138,8 @@ class Run:
         now = self.description["tokenizer_hash"]
         if found != now and "tokenizer" not in self._accept:
             raise InputError(
-                f"{subject} was made with the tokenizer {_show(found[:12])}, and this one is {now[:12]}; put the right one "
-                f"back, choose another --workdir, or {self._override({'tokenizer'})}."
+                f"{subject} was made with the tokenizer {_show(found[:12])}, and this one is {now[:12]}; put the right "
+                f"one back, choose another --workdir, or {self._override({'tokenizer'})}."
             )
 
     def _override(self, names: set[str]) -> str:
@@ -154,6 +154,8 @@ class Run:
             path = self.path / name
             if path.exists():
                 os.truncate(path, min(path.stat().st_size, log_sizes.get(name, 0)))
+        if log_sizes.get(METRICS_FILE) and not read_metrics(self.path):
+            raise InputError(f"{self.path / METRICS_FILE} is damaged; restore it, or choose another --workdir.")
         (self.path / FAILED_FILE).unlink(missing_ok=True)
         if self._board is not None:
             self._board.close()
@@ -273,21 +275,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / CONFIG_FILE
     try:
         config = json.loads(file.read_bytes())
+        if any(type(config[name]) is not kind for name, kind in _CONFIG_TYPES.items()):
+            raise TypeError
         if config["version"] > _FORMAT:
             raise InputError(f"{file} was written by a newer jaxlm; use that one.")
-        environment = config["environment"]
-        if not (isinstance(config["identity"], dict) and isinstance(config["tokenizer_hash"], str)):
-            raise TypeError
-        if not all(isinstance(device, str) for device in environment.get("devices", [])):
-            raise TypeError
         return config
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"There is no run in {path}; train one first, or give the directory of one.") from None
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"{file} can't be read ({error.strerror}); check its permissions.") from None
-    except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, RecursionError, IsADirectoryError):
         raise InputError(f"{file} is damaged; restore it, or choose another --workdir.") from None
 
 
@@ -297,30 +294,39 @@ def stored_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off is left out. Raises InputError for a damaged one."""
+    """The lines of metrics.jsonl; last ones that were cut off, or became nonsense when the power went, are left out.
+
+    Raises:
+      InputError: a line before a whole one is damaged, or holds something else than numbers.
+    """
     file = Path(path) / METRICS_FILE
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return [_metrics(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+    records = [_record(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
+    while records and not records[-1]:
+        records.pop()
+    if not all(records):
+        raise InputError(f"{file}, line {records.index({}) + 1} is damaged; restore it, or choose another --workdir.")
+    return records
 
 
-def _metrics(line: bytes, name: str) -> dict[str, Any]:
+def _record(line: bytes) -> dict[str, Any]:
+    """A line of the metrics; empty if it is none."""
     try:
-        values = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        raise InputError(f"{name} is damaged; restore it, or choose another --workdir.")
-    if not all(value is None or isinstance(value, int | float) for value in values.values()):
-        raise InputError(f"{name} holds something else than numbers; restore it, or choose another --workdir.")
-    return values
+        return {}
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return {}
+    return record if all(value is None or isinstance(value, int | float) for value in record.values()) else {}
 
 
 def recorded_devices(path: str | os.PathLike[str]) -> int | None:
     """How many CPU devices the run in a directory was begun on; None if there is no run, or on another backend."""
     if not os.path.exists(Path(path) / CONFIG_FILE):
         return None
-    devices = read_config(path)["environment"].get("devices", [])
-    return len(devices) if devices and all("cpu" in device.lower() for device in devices) else None
+    devices = read_config(path)["environment"].get("devices")
+    if not isinstance(devices, list) or not devices:
+        return None
+    return len(devices) if all("cpu" in str(device).lower() for device in devices) else None
 
 
 def environment(devices: list[str]) -> dict[str, Any]:
@@ -378,19 +384,26 @@ def read_json(path: Path, **kinds: type) -> dict[str, Any]:
         raise InputError(f"{path} is damaged; restore it, or choose another --workdir.") from None
 
 
-def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Writes an array as a .npy file, whole or not at all."""
-    with replacing(path) as temporary:
-        np.save(temporary, array, allow_pickle=False)
-
-
-def check_writable(path: Path) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises InputError unless the directory, or the first of its parents that exists, can be written."""
-    existing = path.absolute()
-    while not os.path.exists(existing):
+    if not os.fspath(path).strip():
+        raise InputError("The workdir is an empty name; give the --workdir that the results are to be in.")
+    existing = Path(path).absolute()
+    while not os.path.lexists(existing):
         existing = existing.parent
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"The directory {path} can't be written; choose another --workdir.")
+
+
+def _check_kinds(path: Path) -> None:
+    """Raises InputError if there is a file in the place of one of a run's folders, or the other way round."""
+    for names, kind, is_other in (
+        (("tokenizer", "tensorboard", "checkpoints"), "folder", os.path.isfile),
+        ((METRICS_FILE, SAMPLES_FILE, LOCK_FILE, NATS_FILE, FAILED_FILE), "file", os.path.isdir),
+    ):
+        for name in names:
+            if is_other(path / name):
+                raise InputError(f"{path / name} is no {kind}; move it away, or choose another --workdir.")
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

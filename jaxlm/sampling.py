@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.model import ModelConfig, Params, forward
+from jaxlm.model import LARGEST_FLOAT, ModelConfig, Params, forward
 from jaxlm.tokenizers.base import IdArray, InputError, Tokenizer
 
 
@@ -61,10 +61,7 @@ def generate(
     Raises:
       InputError: a negative temperature, or a top_k below 1 or above the vocabulary.
     """
-    if not temperature >= 0 or temperature == float("inf"):
-        raise InputError(f"The temperature is a finite number of at least 0, not {temperature}.")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise InputError(f"top_k is from 1 to the vocabulary's {config.vocab_size} ids, not {top_k}.")
+    check_sampling(temperature, top_k, config.vocab_size)
     ids = [int(token_id) for token_id in prompt_ids]
     for index in itertools.count():
         window = ids[-config.context :]
@@ -75,6 +72,15 @@ def generate(
         )
         ids.append(int(next_id))
         yield ids[-1]
+
+
+def check_sampling(temperature: float, top_k: int | None, vocab_size: int | None = None) -> None:
+    """Raises InputError for what makes no sense, or not for a vocabulary of that size."""
+    if not 0 <= temperature <= LARGEST_FLOAT:
+        raise InputError(f"The temperature is a float32 number of at least 0, not {temperature}.")
+    if top_k is not None and (top_k < 1 or (vocab_size is not None and top_k > vocab_size)):
+        most = "the vocabulary's ids" if vocab_size is None else f"the vocabulary's {vocab_size} ids"
+        raise InputError(f"top_k is from 1 to {most}, not {top_k}.")
 
 
 @partial(jax.jit, static_argnums=(1, 2))

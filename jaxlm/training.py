@@ -21,13 +21,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm.attention import Implementation
 from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract
-from jaxlm.evaluation import token_nats
+from jaxlm.evaluation import WINDOWS_AT_ONCE, token_nats
 from jaxlm.faults import Policy
-from jaxlm.model import ModelConfig, Params, forward, init
+from jaxlm.model import LARGEST_FLOAT, LARGEST_INT, ModelConfig, Params, forward, init, num_parameters
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
-from jaxlm.parallel import batch_sharding, mean_gradients
-from jaxlm.runs import Acceptable, Run, read_config
-from jaxlm.tokenizers.base import InputError, Tokenizer, check_types, load_tokenizer, shown
+from jaxlm.parallel import batch_sharding, mean_gradients, memory_bytes
+from jaxlm.runs import CONFIG_FILE, Acceptable, Run, read_config
+from jaxlm.tokenizers.base import InputError, Tokenizer, check_text, check_types, load_tokenizer, shown
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple["TrainState", Metrics]]
@@ -55,22 +55,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "batch_size", "log_every", "eval_every", "eval_documents", "sample_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is at least 1, not {getattr(self, name)}.")
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is at least 1, not {getattr(self, name)}.")
-        if self.steps >= 2**31:
-            raise InputError(f"steps is below 2147483648, not {self.steps}.")
+        for name in (
+            "steps", "batch_size", "log_every", "eval_every", "eval_documents", "sample_every", "checkpoint_every",
+            "keep_checkpoints",
+        ):  # fmt: skip
+            if not 1 <= getattr(self, name) <= LARGEST_INT:
+                raise InputError(f"{name} is from 1 to {LARGEST_INT}, not {getattr(self, name)}.")
+        check_text(self.sample_prompt)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"The seed is from 0 to 4294967295, not {self.seed}.")
         if self.compute_type not in ("float32", "bfloat16"):
             raise InputError(f"The compute type is float32 or bfloat16, not {shown(self.compute_type)}.")
         if self.on_fault not in get_args(Policy):
             raise InputError(f"on_fault is one of {', '.join(get_args(Policy))}, not {shown(self.on_fault)}.")
-        if self.spike_factor is not None and not (math.isfinite(self.spike_factor) and self.spike_factor > 1):
-            raise InputError(f"The spike factor is a number above 1, not {self.spike_factor}.")
+        if self.spike_factor is not None and not 1 < self.spike_factor <= LARGEST_FLOAT:
+            raise InputError(f"The spike factor is a float32 number above 1, not {self.spike_factor}.")
         learning_rate_schedule(self.optimizer, self.steps)
 
     def identity(self) -> dict[str, Any]:
@@ -79,6 +78,24 @@ class TrainConfig:
         if self.optimizer.schedule != "constant" or self.optimizer.warmup_steps is None:
             optimizer["schedule_steps"] = self.steps
         return {"seed": self.seed, "batch_size": self.batch_size, "optimizer": optimizer}
+
+
+def check_memory(model: ModelConfig, config: TrainConfig) -> None:
+    """Raises InputError for what can't be trained here, as the least that it takes is more than there is.
+
+    That is the float32 parameters, gradients and averages of the optimizer on each device, and the tokens of a batch or
+    the logits of an evaluation.
+    """
+    parameters, context = num_parameters(model), model.context
+    copies = jax.device_count() * (4 if config.optimizer.name == "adamw" else 3)
+    batch = max(config.batch_size * (context + 1), WINDOWS_AT_ONCE * context * model.vocab_size)
+    needed, memory = 4 * (copies * parameters + batch), memory_bytes()
+    if needed > memory:
+        raise InputError(
+            f"A model of {parameters:.4g} parameters, {model.vocab_size} ids and a context of {context} takes at least "
+            f"{needed / 1e9:.4g} GB to train with a batch of {config.batch_size}, and there are {memory / 1e9:.4g} GB "
+            "of memory; make some of them smaller."
+        )
 
 
 # ---- the state and the step
@@ -315,13 +332,14 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
     tokenizer = load_tokenizer(Path(path) / "tokenizer")
     try:
         model, config = stored_settings(identity)
-    except InputError as error:
-        raise InputError(f"The config of the run in {path} can't be used. {error}") from None
+        shapes = jax.eval_shape(partial(init_state, model, config))
+    except (InputError, TypeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, InputError) else ""
+        raise InputError(f"{Path(path) / CONFIG_FILE} is damaged{reason}; restore it, or train again.") from None
     if not (Path(path) / "checkpoints").is_dir():
         raise InputError(f"The run in {path} has no checkpoint yet; train it further first.")
     checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
     try:
-        shapes = jax.eval_shape(partial(init_state, model, config))
         place = SingleDeviceSharding(jax.devices()[0])
         while (step := checkpoints.latest_step) is not None:
             with contextlib.suppress(BrokenCheckpoint):

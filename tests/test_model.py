@@ -481,19 +481,19 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vocab_size": 0}, "vocab_size is at least 1, not 0"),
-        ({"num_layers": 0}, "num_layers is at least 1, not 0"),
-        ({"num_heads": 0}, "num_heads is at least 1, not 0"),
-        ({"width": -4}, "width is at least 1, not -4"),
-        ({"feed_forward_width": 0}, "feed_forward_width is at least 1, not 0"),
+        ({"vocab_size": 0}, "vocab_size is a whole number from 1 to 2147483647, not 0"),
+        ({"num_layers": 0}, "num_layers is a whole number from 1 to 2147483647, not 0"),
+        ({"num_heads": 0}, "num_heads is a whole number from 1 to 2147483647, not 0"),
+        ({"width": -4}, "width is a whole number from 1 to 2147483647, not -4"),
+        ({"feed_forward_width": 0}, "feed_forward_width is a whole number from 1 to 2147483647, not 0"),
         ({"context": 1}, "context is at least 2 tokens"),
-        ({"context": 0}, "context is at least 1, not 0"),
+        ({"context": 0}, "context is a whole number from 1 to 2147483647, not 0"),
         ({"num_heads": 5}, "width 12 doesn't divide into 5 heads"),
         ({"dropout": -0.1}, "dropout is a share from 0 to below 1, not -0.1"),
         ({"dropout": 1.0}, "dropout is a share from 0 to below 1, not 1.0"),
         ({"dropout": math.nan}, "dropout is a share from 0 to below 1, not nan"),
         ({"dropout": math.inf}, "dropout is a share from 0 to below 1, not inf"),
-        ({"input_tokens": 0}, "input_tokens is at least 1, not 0"),
+        ({"input_tokens": 0}, "input_tokens is a whole number from 1 to 2147483647, not 0"),
         ({"num_kv_heads": 0}, "3 heads don't divide among 0 of keys and values"),
         ({"num_kv_heads": 2}, "3 heads don't divide among 2 of keys and values"),
         ({"num_kv_heads": 6}, "3 heads don't divide among 6 of keys and values"),
@@ -503,9 +503,15 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
         ({"positions": "rope", "num_heads": 4}, "heads of width 3 are odd"),
         ({"window": 0}, "window is from 1 to its context of 9, not 0"),
         ({"window": 10}, "window is from 1 to its context of 9, not 10"),
-        ({"rope_base": None}, "rope_base is a positive number, not None"),
-        *(({"rope_base": value}, f"rope_base is a positive number, not {value}") for value in (0.0, -1.0, *NOT_FINITE)),
-        *(({"logit_cap": value}, f"logit_cap is a positive number, not {value}") for value in (0.0, -1.0, *NOT_FINITE)),
+        ({"rope_base": None}, "rope_base is a positive float32 number, not None"),
+        *(
+            ({"rope_base": value}, f"rope_base is a positive float32 number, not {value}")
+            for value in (0.0, -1.0, *NOT_FINITE)
+        ),
+        *(
+            ({"logit_cap": value}, f"logit_cap is a positive float32 number, not {value}")
+            for value in (0.0, -1.0, *NOT_FINITE)
+        ),
     ],
 )
 def test_a_config_checks_itself(changes: dict[str, Any], words: str) -> None:

@@ -339,15 +339,15 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
 @pytest.mark.parametrize(
     ("field", "values", "words"),
     [
-        ("learning_rate", (0.0, -1e-3, *NOT_FINITE), "learning rate is a positive number"),
-        ("muon_learning_rate", (0.0, -1e-3, *NOT_FINITE), "muon learning rate is a positive number"),
+        ("learning_rate", (0.0, -1e-3, *NOT_FINITE), "learning rate is a positive float32 number"),
+        ("muon_learning_rate", (0.0, -1e-3, *NOT_FINITE), "muon learning rate is a positive float32 number"),
         ("momentum", (-0.1, 1.0, *NOT_FINITE), "momentum is from 0 to below 1"),
         ("decay_share", (0.0, 1.1, *NOT_FINITE), "decay share is above 0 and at most 1"),
         ("warmup_steps", (-1,), "warm-up steps is at least 0"),
         ("beta1", (-0.1, 1.0, *NOT_FINITE), "beta1 is from 0 to below 1"),
         ("beta2", (-0.1, 1.0, *NOT_FINITE), "beta2 is from 0 to below 1"),
-        ("weight_decay", (-0.1, *NOT_FINITE), "weight decay is a number of at least 0"),
-        ("clip_norm", (0.0, -1.0, *NOT_FINITE), "clipping norm is a positive number"),
+        ("weight_decay", (-0.1, *NOT_FINITE), "weight decay is a float32 number of at least 0"),
+        ("clip_norm", (0.0, -1.0, *NOT_FINITE), "clipping norm is a positive float32 number"),
     ],
 )
 def test_a_config_checks_itself(field: str, values: tuple[float, ...], words: str) -> None:

@@ -120,7 +120,7 @@ def test_a_tiny_temperature_is_greedy() -> None:
 
 @pytest.mark.parametrize("temperature", [-0.1, -math.inf, math.inf, math.nan])
 def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
-    with pytest.raises(InputError, match=f"temperature is a finite number of at least 0, not {temperature}"):
+    with pytest.raises(InputError, match=f"temperature is a float32 number of at least 0, not {temperature}"):
         take(1, lively(CONFIG), temperature=temperature)
 
 

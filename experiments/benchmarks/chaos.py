@@ -54,6 +54,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.kills < 1 or self.steps < 1:
             raise InputError("There has to be at least one kill, and a training of at least one step.")
+        TrainConfig(steps=self.steps)
+
+
+PRESETS = {"all": Config()}
 
 
 @dataclass(frozen=True)
@@ -206,4 +210,4 @@ def fingerprint(workdir: Path) -> str:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.chaos", {"all": Config()}, main)
+    program("experiments.benchmarks.chaos", PRESETS, main)

@@ -26,7 +26,8 @@ from jaxlm.model import ModelConfig
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
-from jaxlm.training import TrainConfig, init_state, make_train_step, open_run
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step, open_run
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,18 @@ class Config:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=98))
     training: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or self.block_steps < 1:
+            raise InputError("There is at least one block, and a block has at least one step.")
+        replace(self.training, steps=self.blocks * self.block_steps)
+
+
+PRESETS = {"seed": Config()}
+
 
 def main(config: Config) -> None:
     use_cores(config.training.batch_size)
+    check_memory(config.model, config.training)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     tokenizer = CharTokenizer.train(train_documents(corpus, survey), config.model.vocab_size)
@@ -92,4 +102,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.overhead", {"seed": Config()}, main)
+    program("experiments.benchmarks.overhead", PRESETS, main)

@@ -27,7 +27,8 @@ from jaxlm.model import ModelConfig
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import CharTokenizer
-from jaxlm.training import TrainConfig, init_state, make_train_step
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,18 @@ class Config:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=98))
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_000))
 
+    def __post_init__(self) -> None:
+        if self.score_every < 1:
+            raise InputError(f"score_every is at least 1, not {self.score_every}.")
+
+
+PRESETS = {"seed": Config()}
+
 
 def main(config: Config) -> None:
     model, training = config.model, config.training
     use_cores(training.batch_size)
+    check_memory(model, training)
     jaxlm.model.causal_attention = lambda q, k, v, **options: causal_attention(q, k, v)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
@@ -72,4 +81,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.seed_curve", {"seed": Config()}, main)
+    program("experiments.benchmarks.seed_curve", PRESETS, main)

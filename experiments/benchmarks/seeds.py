@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.command_line import program
+from experiments.command_line import check_seeds, program
 from experiments.language_model import MODERN_MODEL, MODERN_OPTIMIZER
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
 from jaxlm.reports.tables import rows_table
 from jaxlm.runs import console
+from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, init_state, make_joint_step, make_train_step
 
 
@@ -38,6 +39,14 @@ class Config:
     seeds: int = 4
     rounds: int = 7
     model: Literal["seed", "modern"] = "seed"
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds)
+        if self.rounds < 1:
+            raise InputError(f"The number of rounds is at least 1, not {self.rounds}.")
+
+
+PRESETS = {"all": Config()}
 
 
 SHAPES = ((8, 256), (32, 128), (64, 256))  # batch, context
@@ -110,4 +119,4 @@ def timed(take: Callable[[], Any], times: int) -> float:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.seeds", {"all": Config()}, main)
+    program("experiments.benchmarks.seeds", PRESETS, main)

@@ -33,6 +33,7 @@ from jaxlm.data.documents import open_corpus
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer
 from jaxlm.tokenizers.base import InputError, replacing
+from jaxlm.tokenizers.bpe import check_highest_id
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -58,8 +59,17 @@ class Config:
     stream_gb: float = 5.0  # of the stream
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or min(self.threads, default=0) < 1 or min(self.vocab_sizes, default=0) < 256:
+        sizes = (*self.vocab_sizes, self.encode_vocab_size)
+        if self.repeats < 1 or min(self.threads, default=0) < 1 or not self.vocab_sizes or min(sizes) < 256:
             raise InputError("There is at least one repeat and one thread, and a vocabulary has at least 256 ids.")
+        if max(self.threads) > 1_024:
+            raise InputError(f"There are at most 1,024 threads, not {max(self.threads)}.")
+        check_highest_id(max(sizes) - 1)
+        if not 0 < self.stream_gb <= 1_000:
+            raise InputError(f"The stream has more than 0 and at most 1,000 GB, not {self.stream_gb}.")
+
+
+PRESETS = {"default": Config()}
 
 
 class Process:
@@ -238,4 +248,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.tokenizers", {"default": Config()}, main)
+    program("experiments.benchmarks.tokenizers", PRESETS, main)

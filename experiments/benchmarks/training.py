@@ -54,8 +54,11 @@ class Config:
     seconds: float = 3.0  # a contender's turn takes about so long, and one step at least
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or not self.seconds > 0:
-            raise InputError("There is at least one round, and a turn takes some time.")
+        if self.rounds < 1 or not 0 < self.seconds <= 3_600:
+            raise InputError("There is at least one round, and a turn takes some time, an hour at most.")
+
+
+PRESETS = {"default": Config(torch_python=sys.executable)}
 
 
 class Contender:
@@ -139,4 +142,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.training", {"default": Config(torch_python=sys.executable)}, main)
+    program("experiments.benchmarks.training", PRESETS, main)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxlm.tokenizers.base import InputError, replacing
 
@@ -38,12 +39,14 @@ def caching(path: Path) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except OSError as error:
-        raise not_writable(error) from None
+        raise_not_writable(error)
 
 
-def not_writable(error: OSError) -> InputError:
-    """What is said when the cache can't be written."""
-    return InputError(
+def raise_not_writable(error: OSError) -> NoReturn:
+    """Raises InputError for a place that can't be written; a full disk is no fault of it, and is raised as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    raise InputError(
         f"The cache {cache_directory()} can't be written ({error.strerror or error}); set the environment variable "
         "JAXLM_CACHE to a folder that can."
-    )
+    ) from None

@@ -158,7 +158,9 @@ def _local_paths(spec: str) -> set[str]:
             ) from None
         found = filter(os.path.isfile, glob.iglob(name, recursive=True))
     except OSError as error:
-        raise InputError(f"{shown(spec, 200)} cannot be read ({error.strerror}); check its permissions.") from None
+        raise InputError(
+            f"{shown(spec, 200)} cannot be read ({error.strerror}); check the path and its permissions."
+        ) from None
     else:
         if stat.S_ISDIR(mode):
             found = _walk(name)
@@ -169,6 +171,10 @@ def _local_paths(spec: str) -> set[str]:
     paths = {path for path in found if path.lower().endswith(SUFFIXES)}
     if not paths:
         raise InputError(f"{shown(spec, 200)} names no file of documents; {kinds}.")
+    for path in sorted(paths):
+        with _reading(Path(path)):
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, and a device may have no end
+                raise InputError(f"{path} is no regular file; copy its text into one.")
     return paths
 
 

@@ -23,9 +23,9 @@ import grain
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.data.cache import cache_directory, load_json, not_writable, save_json
+from jaxlm.data.cache import cache_directory, load_json, raise_not_writable, save_json
 from jaxlm.data.documents import Corpus
-from jaxlm.tokenizers.base import InputError, Tokenizer, content_hash
+from jaxlm.tokenizers.base import InputError, Tokenizer, content_hash, save_array
 
 SHARD_TOKENS = 1 << 26
 _MANIFEST = "manifest.json"
@@ -221,7 +221,7 @@ def _write_shards(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise not_writable(error) from None
+        raise_not_writable(error)
     try:
         encoded = iter(_Documents(corpus.documents).map(lambda text: _encode(tokenizer, text)))
         splits = {}
@@ -260,7 +260,7 @@ def _write_shards(
             temporary.rename(folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise not_writable(error) from None
+            raise_not_writable(error)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -292,7 +292,7 @@ class _ShardWriter:
             self._save(np.concatenate(self.pending))
         index = np.array([self.ends, self.document_bytes], np.int64)
         name = f"{self.split}-documents.npy"
-        np.save(self.folder / name, index)
+        save_array(self.folder / name, index)
         return {
             "shards": self.names,
             "documents": name,
@@ -312,7 +312,7 @@ class _ShardWriter:
 
     def _save(self, tokens: npt.NDArray[np.unsignedinteger]) -> None:
         self.names.append(f"{self.split}-{len(self.names):05d}.npy")
-        np.save(self.folder / self.names[-1], tokens)
+        save_array(self.folder / self.names[-1], tokens)
 
 
 class _Documents(grain.IterDataset[str]):

@@ -377,6 +377,15 @@ def write_file(path: Path, text: str) -> None:
         raise InputError(f"{path} can't be written: {error.strerror}; choose another place.") from None
 
 
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Writes an array as a .npy file, whole or not at all."""
+    with replacing(path) as temporary:
+        try:
+            np.save(temporary, array, allow_pickle=False)
+        except OSError as error:  # a full disk is told by numpy as the bytes that it didn't write
+            raise OSError(error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC), str(path)) from None
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path, of the same suffix, that takes the place of `path` when the block ends well.
@@ -388,6 +397,9 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
