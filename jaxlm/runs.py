@@ -277,10 +277,27 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not os.fspath(path).strip():
         raise InputError("The workdir is an empty name; give the --workdir that the results are to be in.")
     existing = Path(path).absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"The directory {path} can't be written; choose another --workdir.")
+    try:
+        os.fspath(existing).encode()  # else checkpoints couldn't be written there
+        while not _is_there(existing):
+            existing = existing.parent
+        if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
+            return
+        reason = ""
+    except UnicodeEncodeError:
+        reason = " (its name is not UTF-8)"
+    except OSError as error:
+        reason = f" ({error.strerror})"
+    raise InputError(f"The directory {path} can't be written{reason}; choose another --workdir.")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything, a link to nothing too. Raises OSError if that can't be known."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _check_kinds(path: Path) -> None:

@@ -24,6 +24,7 @@ SPACE, ESCAPE = "\u2581", "\u2582"
 _ESCAPED = re.compile(f"[{SPACE}{ESCAPE}]")
 _SEQUENCE = re.compile(f"{ESCAPE}({ESCAPE}|\\.)".encode())
 _SENTENCE_BYTES = 4192
+_MOST_IDS = 1 << 24  # the trainer takes longer with each that is asked for, be there a piece for it or not
 _UNKNOWN_ID, _END_OF_TEXT_ID = 0, 1
 
 
@@ -62,6 +63,11 @@ class SentencePieceTokenizer(Tokenizer):
         """
         if model_type not in ("bpe", "unigram"):
             raise InputError(f"There is no SentencePiece model type {model_type!r}; known are bpe, unigram.")
+        if vocab_size > _MOST_IDS:
+            raise InputError(
+                f"A SentencePiece vocabulary has at most {_MOST_IDS:,} ids, and {vocab_size} were asked for; use a "
+                "smaller one."
+            )
         model = io.BytesIO()
         failures: list[BaseException] = []
 
