@@ -8,6 +8,7 @@ Rerunning the same command continues a run; a command with another identity is r
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -277,13 +278,16 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not os.fspath(path).strip():
         raise InputError("The workdir is an empty name; give the --workdir that the results are to be in.")
     existing = Path(path).absolute()
+    reason = ""
     try:
-        os.fspath(existing).encode()  # else checkpoints couldn't be written there
+        # Checkpoints couldn't be written to other names, or not be found again: they are looked for by a pattern.
+        os.fspath(existing).encode()
+        if set("[\\") & set(os.fspath(existing)):
+            raise OSError(errno.EINVAL, "a name with [ or a backslash is no place for checkpoints")
         while not _is_there(existing):
             existing = existing.parent
         if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
             return
-        reason = ""
     except UnicodeEncodeError:
         reason = " (its name is not UTF-8)"
     except OSError as error:
