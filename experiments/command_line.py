@@ -34,8 +34,9 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def program(module: str, presets: Mapping[str, Config], main: Callable[[Config], None]) -> NoReturn:
     """Parses the flags of `python -m module`, runs `main` and exits with the status that says how it went."""
     arguments = sys.argv[1:]
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what the terminal's encoding can't
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding can't
+            stream.reconfigure(errors="backslashreplace")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start finds its programs compiled
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -8,6 +8,7 @@ Rerunning the same command continues a run; a command with another identity is r
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -389,10 +390,30 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not os.fspath(path).strip():
         raise InputError("The workdir is an empty name; give the --workdir that the results are to be in.")
     existing = Path(path).absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"The directory {path} can't be written; choose another --workdir.")
+    reason = ""
+    try:
+        # Checkpoints couldn't be written to other names, or not be found again: they are looked for by a pattern.
+        os.fspath(existing).encode()
+        if set("[\\") & set(os.fspath(existing)):
+            raise OSError(errno.EINVAL, "a name with [ or a backslash is no place for checkpoints")
+        while not _is_there(existing):
+            existing = existing.parent
+        if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
+            return
+    except UnicodeEncodeError:
+        reason = " (its name is not UTF-8)"
+    except OSError as error:
+        reason = f" ({error.strerror})"
+    raise InputError(f"The directory {path} can't be written{reason}; choose another --workdir.")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything, a link to nothing too. Raises OSError if that can't be known."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _check_kinds(path: Path) -> None:

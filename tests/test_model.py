@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from jaxlm.model import ModelConfig, Params, _rotate, count_parameters, flops_per_token, forward, init
+from jaxlm.model import ModelConfig, Params, _rotate, count_parameters, flops_per_token, forward, init, num_parameters
 from jaxlm.tokenizers.base import InputError
 
 Float64 = npt.NDArray[np.float64]
@@ -283,6 +283,12 @@ def test_each_option_has_its_size() -> None:
     assert found == SIZES
     block = 16 + 2 * 16 * 16 + 2 * 16 * 8 + 16 + 3 * 16 * 20
     assert size(ALL) == 2 * 11 * 16 + 2 * block + 16
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
+def test_parameters_are_counted_without_making_them(options: dict[str, Any]) -> None:
+    for config in (replace(TINY, **options), ALL):
+        assert num_parameters(config) == size(config)
 
 
 def test_operations_per_token_by_hand() -> None:

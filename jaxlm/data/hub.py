@@ -143,7 +143,7 @@ class HubFile:
                 return table
 
             count = load_json(cached / "count.json")
-            if count is None:
+            if type(count) is not int:
                 with _hub_errors(self.repository, self.revision):
                     count = remote().num_row_groups
                 save_json(cached / "count.json", count)

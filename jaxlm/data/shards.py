@@ -194,6 +194,8 @@ def open_shards(folder: Path) -> TokenizedCorpus | None:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
         streams = {}
         for split, entry in manifest["splits"].items():
+            if any(Path(name).name != name for name in (*entry["shards"], entry["documents"])):
+                return None  # a file of another folder
             shards = tuple(np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in entry["shards"])
             index = np.load(folder / entry["documents"], allow_pickle=False)
             stream = TokenStream(shards, index[0], index[1])

@@ -25,6 +25,7 @@ _ESCAPED = re.compile(f"[{SPACE}{ESCAPE}]")
 _STANDS_FOR = {f"{ESCAPE}.".encode(): SPACE.encode(), (2 * ESCAPE).encode(): ESCAPE.encode(), SPACE.encode(): b" "}
 _SEQUENCE = re.compile(b"|".join(map(re.escape, _STANDS_FOR)))
 _SENTENCE_BYTES = 4192
+_MOST_IDS = 1 << 24  # the trainer takes longer with each that is asked for, be there a piece for it or not
 _UNKNOWN_ID, _END_OF_TEXT_ID, _FIRST_BYTE_ID = 0, 1, 2
 _PROBE = " a  b\t\n \u2581\u2582\ufb01e\u0301\u0130\r\n\u3000\x00  "  # what other settings would change
 
@@ -66,6 +67,11 @@ class SentencePieceTokenizer(Tokenizer):
         """
         if model_type not in ("bpe", "unigram"):
             raise InputError(f"There is no SentencePiece model type {model_type!r}; known are bpe, unigram.")
+        if vocab_size > _MOST_IDS:
+            raise InputError(
+                f"A SentencePiece vocabulary has at most {_MOST_IDS:,} ids, and {vocab_size} were asked for; use a "
+                "smaller one."
+            )
         model = io.BytesIO()
         failures: list[BaseException] = []
 

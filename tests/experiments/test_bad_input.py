@@ -4,17 +4,21 @@ nothing half written.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import gzip
 import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -26,10 +30,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import bpe_lm, bpe_tokenizer, char_lm, compare_tokenizers, speedrun
+from experiments.arms import specs
 from experiments.benchmarks import chaos, overhead, seed_curve, seeds, tokenizers, training
 from experiments.command_line import parse
+from jaxlm.data.cache import cache_directory
 from jaxlm.data.documents import open_corpus
-from jaxlm.tokenizers import InputError
+from jaxlm.data.hub import _cache_path
+from jaxlm.data.shards import open_shards, survey_corpus, tokenize_corpus
+from jaxlm.tokenizers import CharTokenizer, InputError, load_tokenizer
 from jaxlm.training import load_trained
 
 MODULES = {
@@ -70,7 +78,7 @@ def refused(call: Callable[..., int], tmp_path: Path, cache: Path, capsys: pytes
         assert "Traceback" not in captured.err + captured.out
         assert sentence.endswith((".", "--help.")), sentence
         assert everything(tmp_path) == before, "something was written"
-        assert not [path for path in cache.rglob("*") if ".tmp" in path.name], "something was half written"
+        assert not [path for path in everything(cache) if ".tmp" in path], "something was half written"
         return sentence
 
     return refuse
@@ -419,14 +427,14 @@ def test_files(case: str, name: str, refused: Refuse, tmp_path: Path, monkeypatc
     assert file.strip() in sentence, "it is not named"
 
 
-STRANGE = ("avec espaces", "élève 学校 🐈", "[crochets] *?", "-x", "octets-\udcff")
+STRANGE = ("avec espaces", "élève 学校 🐈", "étoile *? %20#", "-x")
 
 
-@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("name", [*STRANGE, "[crochets]", "octets-\udcff"])
 def test_names_that_are_strange_and_good(name: str, call: Callable[..., int], tmp_path: Path) -> None:
     texts = "\n\n".join(f"Le chat numéro {i} dort sur le toit rouge." for i in range(30))
     (tmp_path / name).mkdir()
-    corpus, workdir = tmp_path / name / f"{name}.txt", tmp_path / name / "run"
+    corpus, workdir = tmp_path / name / f"{name}.txt", tmp_path / (name if name in STRANGE else "x") / "run"
     corpus.write_text(texts, encoding="utf-8")
     assert call(bpe_tokenizer, "--corpus", str(corpus), "--workdir", str(workdir), "--vocab-size", "280") == 0
     assert (workdir / "tokenizer.json").exists()
@@ -483,12 +491,14 @@ WORKDIRS: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "deep inside a file": (lambda f: written(f, "a", b"x") / "b" / "c" / "run", "can't be written; choose"),
     "a symlink to nothing": (lambda f: made(lambda p: p.symlink_to("x"), f / "run"), "can't be written; choose"),
     "a symlink to itself": (lambda f: made(loop, f / "run"), "can't be written; choose another --workdir"),
-    "below a symlink to itself": (lambda f: made(loop, f / "a") / "run", "can't be written; choose"),
+    "below a symlink to itself": (lambda f: made(loop, f / "a") / "run", "can't be written (Too many levels"),
     "a pipe": (lambda f: made(os.mkfifo, f / "run"), "can't be written; choose another --workdir"),
     "a device": (lambda f: "/dev/null", "can't be written; choose another --workdir"),
     "no name": (lambda f: "", "is an empty name; give the --workdir"),
     "a blank name": (lambda f: "  ", "is an empty name; give the --workdir"),
-    "a name too long": (lambda f: "x" * 300, "too long"),
+    "a name too long": (lambda f: "x" * 300, "can't be written (File name too long); choose"),
+    "a name with brackets": (lambda f: "[1]", "can't be written (a name with [ or a backslash is no place"),
+    "a name that is not UTF-8": (lambda f: "\udcff", "can't be written (its name is not UTF-8); choose"),
 }
 
 
@@ -658,3 +668,226 @@ def test_prompts(call: Callable[..., int], refused: Refuse, again: list[str], tm
         ("--num-tokens 0", "num_tokens is at least 1, not 0"),
     ):
         assert words in refused("char_lm", *run, "Le", *flags.split())
+
+
+# ---- the cache
+
+CACHES: dict[str, Callable[[Path], Path | str]] = {
+    "a file": lambda f: written(f, "cache", b"x"),
+    "inside a file": lambda f: written(f, "a", b"x") / "cache",
+    "a symlink to nothing": lambda f: made(lambda p: p.symlink_to("x"), f / "cache"),
+    "a symlink to itself": lambda f: made(loop, f / "cache"),
+    "a pipe": lambda f: made(os.mkfifo, f / "cache"),
+    "no place to write": lambda f: "/proc/cache",
+    "a name too long": lambda f: f / ("x" * 300),
+}
+
+
+@pytest.mark.parametrize("name", [*WITH_WORKDIR, "speedrun"])
+@pytest.mark.parametrize("case", CACHES)
+def test_caches(
+    case: str, name: str, refused: Refuse, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(CACHES[case](tmp_path))
+    monkeypatch.setenv("JAXLM_CACHE", place)
+    sentence = refused(name, "--corpus", corpus)
+    assert sentence.startswith(f"The cache {place} can't be written (")
+    assert "set the environment variable JAXLM_CACHE to a folder that can" in sentence
+
+
+# ---- permission, and space
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder for anybody, which those of pytest are not."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """As a user without rights, if this one has them all."""
+    if os.getuid() != 0:
+        yield
+        return
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setresgid(65534, 65534, 0)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups(groups)
+
+
+FORBIDDEN = {
+    "file": ("--corpus", "corpus.txt", 0o000, "cannot be read (Permission denied); check its permissions"),
+    "folder": ("--corpus", "folder", 0o000, "cannot be read (Permission denied); check its permissions"),
+    "file in a folder": ("--corpus", "folder", 0o644, "ermission"),
+    "workdir": ("--workdir", "folder", 0o555, "can't be written; choose another --workdir"),
+    "below the workdir": ("--workdir", "folder/run/again", 0o555, "can't be written; choose another --workdir"),
+    "unseen workdir": ("--workdir", "folder/run/again", 0o000, "can't be written (Permission denied); choose"),
+}
+
+
+@pytest.mark.parametrize("name", WITH_WORKDIR)
+@pytest.mark.parametrize("case", FORBIDDEN)
+def test_no_permission(
+    case: str, name: str, refused: Refuse, open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag, place, mode, words = FORBIDDEN[case]
+    monkeypatch.setenv("JAXLM_CACHE", str(open_folder / "cache"))
+    written(open_folder, "corpus.txt", "\n\n".join(TEXTS).encode())
+    (open_folder / "folder").mkdir()
+    written(open_folder / "folder", "a.txt", "\n\n".join(TEXTS).encode())
+    locked = open_folder / place.split("/")[0]
+    locked.chmod(mode)
+    flags = {"--corpus": str(open_folder / "corpus.txt"), "--workdir": str(open_folder / "new")}
+    flags[flag] = str(open_folder / place)
+    with as_nobody():
+        sentence = refused(name, *(text for pair in flags.items() for text in pair))
+    assert words in sentence
+    assert str(locked) in sentence
+    assert not (open_folder / "new").exists()
+
+
+def test_no_permission_for_the_cache(refused: Refuse, open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXLM_CACHE", str(open_folder / "cache"))
+    (open_folder / "cache").mkdir(mode=0o555)
+    written(open_folder, "corpus.txt", "\n\n".join(TEXTS).encode())
+    with as_nobody():
+        sentence = refused("char_lm", "--corpus", str(open_folder / "corpus.txt"))
+    assert f"The cache {open_folder / 'cache'} can't be written (Permission denied); set" in sentence
+
+
+FULL_DISK = """
+import contextlib, io, json, os, shutil, sys
+from pathlib import Path
+from experiments import char_lm, compare_tokenizers
+from experiments.command_line import program
+
+disk, elsewhere, corpus, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4].split()
+compared = [*flags, "--tokenizers", "char", "--characters", "30", "--rate-factors", "1", "--warmup-steps", "0"]
+for name, module, own, full, left in (
+    ("its tokenizer", char_lm, flags, "workdir", 0),
+    ("its config", char_lm, flags, "workdir", 8192),
+    ("its survey", char_lm, flags, "cache", 0),
+    ("its shards", char_lm, flags, "cache", 4096),
+    ("its first arm", compare_tokenizers, compared, "workdir", 0),
+):
+    for path in disk.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    status = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(status.f_bavail * status.f_frsize - left))
+    places = {place: (disk if place == full else elsewhere) / f"{place}-{name}" for place in ("workdir", "cache")}
+    os.environ["JAXLM_CACHE"] = str(places["cache"])
+    sys.argv = [module.__name__, "--corpus", corpus, "--workdir", str(places["workdir"]), *own]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            program(module.__name__, module.PRESETS, module.main)
+    except SystemExit as ending:
+        left = [str(path) for path in places["cache"].rglob("*") if ".tmp" in path.name]
+        print("RESULT", json.dumps([name, ending.code, errors.getvalue().strip(), left]))
+"""
+
+
+def test_no_space(tmp_path: Path, corpus: str) -> None:
+    """A full disk isn't bad input but a run that failed: status 1, and what to do."""
+    (tmp_path / "disk").mkdir()
+    arguments = [str(tmp_path / "disk"), str(tmp_path / "elsewhere"), corpus, " ".join(TINY)]
+    mounted = f"mount -t tmpfs -o size=1m tmpfs {shlex.quote(arguments[0])}"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mounted], capture_output=True, check=False).returncode:
+        pytest.skip("a small disk to fill can be mounted by root alone")
+    python = shlex.join([sys.executable, "-c", FULL_DISK, *arguments])
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mounted} && exec {python}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == 5, done.stderr
+    assert "Traceback" not in done.stderr
+    for name, status, sentence, left in results:
+        assert status == 1, (name, sentence)
+        assert "No space left on device" in sentence and "run the same command again." in sentence
+        assert str(tmp_path / "disk") in sentence, "the place is named"
+        assert "\n" not in sentence
+        assert not left
+
+
+# ---- nothing is run that was read, and nothing written elsewhere
+
+MODULE_FILES = sorted(path for folder in ("jaxlm", "experiments") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", MODULE_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_eval_no_pickle_no_shell(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}, ast.unparse(node)
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"eval", "exec", "compile", "os.system", "os.popen", "__import__"}
+            for keyword in node.keywords:
+                if keyword.arg in ("shell", "allow_pickle"):
+                    assert ast.unparse(keyword.value) == "False", ast.unparse(node)
+
+
+ELSEWHERE = ("../../elsewhere", "/etc/passwd", "..", "a/../../../elsewhere", "")
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_shards_named_elsewhere_are_not_opened(name: str, corpus: str) -> None:
+    opened = open_corpus(corpus)
+    survey = survey_corpus(opened)
+    tokenizer = CharTokenizer.train(opened.documents())
+    tokenize_corpus(opened, survey, tokenizer)
+    (file,) = (cache_directory() / "shards").glob("*/manifest.json")
+    manifest = json.loads(file.read_bytes())
+    for train in (manifest["splits"]["train"] | {"shards": [name]}, manifest["splits"]["train"] | {"documents": name}):
+        file.write_text(json.dumps({**manifest, "splits": {**manifest["splits"], "train": train}}))
+        assert open_shards(file.parent) is None
+    assert tokenize_corpus(opened, survey, tokenizer).train.num_documents == survey.train_documents, "made again"
+
+
+def test_a_file_that_a_manifest_names_outside_its_folder_is_not_read(corpus: str, tmp_path: Path) -> None:
+    opened = open_corpus(corpus)
+    tokenize_corpus(opened, survey_corpus(opened), CharTokenizer.train(opened.documents()))
+    (file,) = (cache_directory() / "shards").glob("*/manifest.json")
+    manifest = json.loads(file.read_bytes())
+    shutil.move(file.parent / "train-00000.npy", tmp_path / "train-00000.npy")
+    for name in (str(tmp_path / "train-00000.npy"), os.path.relpath(tmp_path / "train-00000.npy", file.parent)):
+        manifest["splits"]["train"]["shards"] = [name]
+        file.write_text(json.dumps(manifest))
+        assert open_shards(file.parent) is None
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_the_hub_calls_its_files_stays_in_the_cache(name: str, cache: Path) -> None:
+    for path in (_cache_path("row_groups", name, name), _cache_path("listings", name, name, name)):
+        assert path.resolve().is_relative_to(cache.resolve() / "hub")
+
+
+@pytest.mark.parametrize("name", ["hf://datasets/../x", "hf://datasets/../../x", "hf://datasets//etc/passwd"])
+def test_datasets_named_elsewhere(name: str, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "hub" in refused("char_lm", "--corpus", name)
+
+
+def test_arms_are_named_by_the_last_part_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "a" / "tokenizer").mkdir(parents=True)
+    for family in (str(tmp_path / "a"), f"{tmp_path}/a/../a/tokenizer", "/", "/.."):
+        (spec,) = specs([family], [300], 98, [(2, 128)])
+        assert spec.name in ("a", "")
+        assert (tmp_path / "arms" / spec.name).resolve().is_relative_to(tmp_path / "arms")
+
+
+def test_a_tokenizer_names_no_file(tmp_path: Path) -> None:
+    for kind in ELSEWHERE:
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"version": 1, "hash": "x", "kind": kind}))
+        with pytest.raises(InputError, match="unknown kind"):
+            load_tokenizer(tmp_path)
