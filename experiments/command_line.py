@@ -86,6 +86,11 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Config], name: str) ->
     except SystemExit as error:
         if not error.code:
             raise
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, InputError):  # of a setting that checks itself; in a box its sentence may be cut
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         raise InputError(f"{_unboxed(boxed.getvalue())}; see {name} --help.") from None
 
 

@@ -47,8 +47,13 @@ class Config:
     workdir: str = "runs/fuzz"  # what failed is written there
 
     def __post_init__(self) -> None:
-        if self.examples < 1 or self.batch < 1 or not self.memory_gb > 0:
-            raise InputError("There has to be at least one example, in each process too, and some memory.")
+        if self.examples < 1 or self.batch < 1 or not 0 < self.memory_gb <= 1_000_000:
+            raise InputError("There has to be at least one example, in each process too, and up to 1,000,000 GB.")
+        if self.seed < 0:
+            raise InputError(f"The seed is at least 0, not {self.seed}.")
+
+
+PRESETS = {"all": Config()}
 
 
 @dataclass
@@ -155,4 +160,4 @@ def read(log: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.fuzz", {"all": Config()}, main)
+    program("experiments.benchmarks.fuzz", PRESETS, main)

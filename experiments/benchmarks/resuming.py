@@ -32,7 +32,8 @@ from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated,
 from jaxlm.reports.tables import rows_table
 from jaxlm.runs import console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
-from jaxlm.training import TrainConfig, init_state, make_train_step
+from jaxlm.tokenizers.base import InputError
+from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,16 @@ class Config:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=98))
     training: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        if min(self.blocks, self.block_steps, self.starts) < 1:
+            raise InputError("There is at least one block, one step in it, and one start.")
+
+
+PRESETS = {"seed": Config()}
+
 
 def main(config: Config) -> None:
-    rows = [*starts(config), *saves(config)]
+    rows = [*saves(config), *starts(config)]  # whatever is wrong with the settings is said by the first
     console.print(rows_table(("", ""), rows, "the seed model"))
 
 
@@ -56,6 +64,7 @@ def saves(config: Config) -> list[tuple[str, str]]:
     """Seconds of a step and of a save, from the differences of neighbouring blocks."""
     training = config.training
     use_cores(training.batch_size)
+    check_memory(config.model, training)
     corpus = open_corpus(config.corpus)
     survey = survey_corpus(corpus)
     data = tokenize(corpus, survey, CharTokenizer.train(train_documents(corpus, survey), config.model.vocab_size))
@@ -128,4 +137,4 @@ def first_step(command: list[str], path: Path, after: int) -> float:
 
 
 if __name__ == "__main__":
-    program("experiments.benchmarks.resuming", {"seed": Config()}, main)
+    program("experiments.benchmarks.resuming", PRESETS, main)
