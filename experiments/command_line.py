@@ -83,11 +83,11 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Config], name: str) ->
 
 
 def _unboxed(box: str) -> str:
-    """The first paragraph of one of tyro's boxes, as one line."""
+    """The first paragraph below the title of one of tyro's boxes, which may be drawn in ASCII, as one line."""
     lines: list[str] = []
-    for line in box.splitlines():
-        text = line.strip("│| ")
-        if set(text) <= set("─╭╮╰╯+-") or "Parsing error" in text:
+    for line in box.splitlines()[1:]:
+        text = line.strip("│ ")
+        if set(text) <= set("─╰╯-"):
             if lines:
                 break
             continue
