@@ -101,7 +101,7 @@ def check_seeds(seeds: int) -> None:
 
 
 def _unboxed(box: str) -> str:
-    """The first paragraph of one of tyro's boxes, as one line; without UTF-8 they are ruled with hyphens."""
+    """The first paragraph below the title of one of tyro's boxes, which may be drawn in ASCII, as one line."""
     lines: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip("│ ")

@@ -23,7 +23,7 @@ Params = Any
 
 # Numbers beyond these are others on the device.
 LARGEST_INT, LARGEST_FLOAT = int(np.iinfo(np.int32).max), float(np.finfo(np.float32).max)
-_MOST = 1 << 24  # of anything that a model has several of
+_MOST_LAYERS = 10_000  # each is traced
 
 _CHOICES = {
     "norm": ("layer", "rms"),
@@ -62,8 +62,9 @@ class ModelConfig:
             "vocab_size", "context", "width", "num_layers", "num_heads", "feed_forward_width", "input_tokens",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or not 1 <= value <= _MOST:
-                raise InputError(f"The model's {name} is a whole number from 1 to {_MOST:,}, not {value!r}.")
+            most = _MOST_LAYERS if name == "num_layers" else LARGEST_INT
+            if not isinstance(value, int | np.integer) or not 1 <= value <= most:
+                raise InputError(f"The model's {name} is a whole number from 1 to {most}, not {value!r}.")
         if self.context < 2:
             raise InputError("The model's context is at least 2 tokens, so that held-out windows can overlap by half.")
         if self.width % self.num_heads:

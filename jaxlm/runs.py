@@ -26,7 +26,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer, replacing, shown
+from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer, one_line, replacing, shown
 
 CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jsonl", "samples.txt", "lock"
 NATS_FILE = "final_nats.npy"  # of each held-out document, float64
@@ -439,4 +439,4 @@ def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "")
 def _show(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64 and value.isalnum():
         return f"{value[:12]}..."
-    return value if isinstance(value, str) and len(value) < 40 and value.isprintable() else shown(value)
+    return value if isinstance(value, str) and len(value) < 40 and value.isprintable() else one_line(shown(value), 40)

@@ -13,6 +13,7 @@ from jaxlm.tokenizers import CharTokenizer, InputError
 
 IDENTITY = {"corpus": "c" * 64, "model": {"width": 128, "vocab_size": 18}, "seed": 0}
 TOKENIZER = CharTokenizer("0123456789abcdef")
+CONFIG = {"version": 1, "identity": IDENTITY, "tokenizer_hash": "0" * 64, "environment": {"devices": ["cpu"]}}
 
 
 def started(path: Path) -> Run:
@@ -64,7 +65,13 @@ def test_a_changed_environment_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert "jax was 1 and is 2 now" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "identity": {}}', '{"identity": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", '{"version": 99, "identity": {}}', '{"identity": {}}', "[" * 100_000, "9" * 5_000, '"\\ud800'),
+        *(json.dumps(CONFIG | change) for change in ({"identity": []}, {"environment": None}, {"tokenizer_hash": 5})),
+    ],
+)
 def test_a_damaged_or_newer_config_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"damaged|newer"):
@@ -112,6 +119,25 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1}]
     assert read_metrics(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("line", ["", "[]", "5", "{", '{"loss": 1}', '{"step": "1"}', '{"step": 1, "loss": "low"}'])
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(tmp_path)
+
+
+def test_of_many_fields_that_differ_the_first_are_named(tmp_path: Path) -> None:
+    started(tmp_path / "run")
+    with pytest.raises(InputError, match=r"batch_0 \(None there, 0 asked for\), .*, and 14 more fields; choose"):
+        Run(tmp_path / "run", IDENTITY | {f"batch_{number}": number for number in range(20)})
+
+
+def test_a_changed_environment_is_said_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started(tmp_path / "run")
+    Run(tmp_path / "run", IDENTITY).start(TOKENIZER, {"jax": "[/red]"})
+    assert "jax was 1 and is [/red] now" in capsys.readouterr().out
 
 
 def test_reading_a_config_that_is_not_there(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import data_mesh
 from jaxlm.tokenizers import InputError
-from jaxlm.training import TrainConfig, init_state, loss_function, make_joint_step, make_train_step
+from jaxlm.training import (
+    TrainConfig,
+    init_state,
+    loss_function,
+    make_joint_step,
+    make_train_step,
+    run_identity,
+    stored_settings,
+)
 
 TINY = ModelConfig(vocab_size=30, context=16, width=16, num_layers=1, num_heads=2, feed_forward_width=32, dropout=0.1)
 CONFIG = TrainConfig(
@@ -119,6 +127,42 @@ def test_runs_that_differ_in_more_than_seed_and_rate_are_no_joint_step() -> None
     for other in (replace(CONFIG, batch_size=8), replace(CONFIG, optimizer=replace(CONFIG.optimizer, beta1=0.5))):
         with pytest.raises(ValueError, match="differ in seed"):
             make_joint_step(TINY, [CONFIG, other], data_mesh(2))
+
+
+def test_settings_of_another_type_are_refused() -> None:
+    wrong: list[tuple[Any, dict[str, Any]]] = [
+        (ModelConfig, {"vocab_size": "98"}),
+        (ModelConfig, {"vocab_size": 98.0}),
+        (ModelConfig, {"vocab_size": True}),
+        (ModelConfig, {"vocab_size": 98, "biases": 1}),
+        (ModelConfig, {"vocab_size": 98, "norm": ["layer"]}),
+        (ModelConfig, {"vocab_size": 98, "window": "256"}),
+        (ModelConfig, {"vocab_size": 10**30}),
+        (ModelConfig, {"vocab_size": 98, "num_layers": 10**9}),
+        (OptimizerConfig, {"learning_rate": "0.1"}),
+        (OptimizerConfig, {"learning_rate": 10**400}),
+        (TrainConfig, {"steps": 2**31}),
+        (TrainConfig, {"seed": 0.5}),
+        (TrainConfig, {"optimizer": {"name": "adamw"}}),
+    ]
+    for kind, fields in wrong:
+        with pytest.raises(InputError) as caught:
+            kind(**fields)
+        assert len(str(caught.value)) < 200
+    assert ModelConfig(vocab_size=np.int64(98), dropout=0).vocab_size == 98  # type: ignore[arg-type]
+
+
+def test_the_settings_of_an_identity_come_back() -> None:
+    model = ModelConfig(vocab_size=98, window=64)
+    training = TrainConfig(steps=500, seed=3, batch_size=8, optimizer=OptimizerConfig(schedule="cosine"))
+    identity = run_identity("c" * 64, {"kind": "char"}, model, training)
+    assert stored_settings(identity) == (model, training)
+    for name in ("model", "optimizer", "seed", "batch_size"):
+        for other in (None, [], "x", {"a": 1}):
+            with pytest.raises(InputError):
+                stored_settings(identity | {name: other})
+    with pytest.raises(InputError, match="model and a training"):
+        stored_settings({})
 
 
 # ---- a step at fault

@@ -3,8 +3,9 @@
     python -m experiments.benchmarks.fuzz --examples 100000
     python -m experiments.benchmarks.fuzz --areas documents --examples 2000 --seed 5
 
-The properties are those of tests/test_fuzz.py. Each area runs in processes of its own, some thousand examples in each,
-with a bound on memory; one that stands still is killed. An example has bounds of its own there: 10 s, and 400 MB.
+The properties are those of tests/test_fuzz.py. Each area runs in processes of its own, some ten thousand examples in
+each, with a bound on memory; one that stands still is killed. An example has bounds of its own there: 10 s of processor
+time, and 400 MB.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from jaxlm.tokenizers.base import InputError
 
 Area = Literal["tokenizer", "config", "documents", "report"]
 AREAS: tuple[Area, ...] = ("tokenizer", "config", "documents", "report")
-_STANDSTILL = 180.0  # seconds without another example, the start of a process included
+_STANDSTILL = 600.0  # seconds without another example, the start of a process included
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Config:
     preset: Literal["all"] = "all"
     areas: tuple[Area, ...] = AREAS
     examples: int = 100_000  # of each area, divided among its properties
-    batch: int = 20_000  # examples of one process
+    batch: int = 50_000  # examples of one process
     seed: int = 0  # of the first one; each has another
     memory_gb: float = 8.0  # of addresses, that a process may have
     workdir: str = "runs/fuzz"  # what failed is written there

@@ -48,8 +48,9 @@ def parquet_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        # Arrow says with a plain OSError that it cannot decode; the subclasses come from the disk or the network.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow says with a plain OSError that it cannot decode; the subclasses come from the disk or the network. A
+        # UnicodeDecodeError is about the name of a column.
         if isinstance(error, OSError) and type(error) is not OSError:
             raise
         raise InputError(

@@ -10,6 +10,7 @@ finds it.
 from __future__ import annotations
 
 import base64
+import heapq
 import itertools
 import json
 import os
@@ -346,20 +347,33 @@ def _check_pattern(pattern: str, reader: str) -> None:
 
 def _last_merge(token: bytes, priority: Priority) -> Merge | None:
     """The merge that makes a token of two bytes or more when its bytes are encoded alone, or None if none does."""
-    parts = [token[k : k + 1] for k in range(len(token))]
-    priorities = [priority(left, right) for left, right in itertools.pairwise(parts)]
-    while len(parts) > 2:
-        best = min(priorities)
-        if best == _NEVER:
-            return None
-        place = priorities.index(best)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-        del priorities[place]
-        if place < len(priorities):
-            priorities[place] = priority(parts[place], parts[place + 1])
-        if place:
-            priorities[place - 1] = priority(parts[place - 1], parts[place])
-    return Merge(priorities[0], parts[0], parts[1]) if priorities[0] != _NEVER else None
+    ends = list(range(1, len(token) + 1))  # of the part that begins at each place; 0 where none does any more
+    befores = list(range(-1, len(token) - 1))  # where the part before begins
+    heap: list[tuple[int, int, int, int]] = []
+
+    def enter(start: int) -> None:
+        """The part that begins there, and the next one, as a pair to be merged."""
+        middle = ends[start]
+        if middle < len(token):
+            found = priority(token[start:middle], token[middle : ends[middle]])
+            if found != _NEVER:
+                heapq.heappush(heap, (found, start, middle, ends[middle]))
+
+    for place in range(len(token)):
+        enter(place)
+    while heap:
+        best, start, middle, end = heapq.heappop(heap)
+        if ends[start] != middle or ends[middle] != end:
+            continue  # one of the two was merged with another
+        if end - start == len(token):
+            return Merge(best, token[:middle], token[middle:])
+        ends[start], ends[middle] = end, 0
+        if end < len(token):
+            befores[end] = start
+        enter(start)
+        if start:
+            enter(befores[start])
+    return None
 
 
 def _find_merges(tokens: Iterable[bytes], priority: Priority) -> tuple[dict[bytes, Merge], list[bytes]]:

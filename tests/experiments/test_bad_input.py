@@ -19,7 +19,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,7 +116,7 @@ FLAGS = [
     ("char_lm", "--sample x --top-k 0", "top_k is from 1"),
     ("bpe_lm", "--vocab-size 200", "at least 257 ids"),
     ("bpe_lm", "--vocab-size 30000", "at most"),
-    ("bpe_lm", "--vocab-size 1000000000", "vocab_size is a whole number from 1 to 16,777,216"),
+    ("bpe_lm", "--vocab-size 1000000000", "make some of them smaller"),
     ("bpe_lm", "--split gpt5", "no split 'gpt5'"),
     ("bpe_lm", "--sample x", "There is no run"),
     ("bpe_tokenizer", "--split gpt5", "no split 'gpt5'"),
@@ -202,12 +201,15 @@ ALLOWED_BY: dict[str, dict[str, tuple[float, ...]]] = {
     "chaos": {"seed": (-1, 0, 10**9, 10**18)},  # Python's generator takes any
 }
 
-# A model's sizes are below 2^24; of these, near to it, none fits the memory of a machine.
-LARGE = dict.fromkeys(("context", "width", "num_layers", "feed_forward_width", "input_tokens"), (16 * 10**6,))
-
 # What the settings alone don't tell: refused when the text or the memory of the machine is known.
 LATER: dict[str, dict[str, tuple[float, ...]]] = {
-    **{name: {"batch_size": (10**9,)} for name in WITH_MODEL},
+    **{
+        name: dict.fromkeys(
+            ("vocab_size", "context", "width", "feed_forward_width", "input_tokens", "batch_size"),
+            (10**9,),
+        )
+        for name in WITH_MODEL
+    },
     "bpe_tokenizer": {"vocab_size": (-1, 0, 10**9, 10**18), "steps": (10**9, 10**18)},
 }
 for _name in (*WITH_WORKDIR, "overhead", "seed_curve"):
@@ -275,12 +277,7 @@ def test_a_word_for_a_number() -> None:
 
 @pytest.mark.parametrize(
     ("name", "flag", "value"),
-    [
-        (name, flag, value)
-        for name, flags in LATER.items()
-        for flag, values in (flags | (LARGE if name in WITH_MODEL else {})).items()
-        for value in values
-    ],
+    [(name, flag, value) for name, flags in LATER.items() for flag, values in flags.items() for value in values],
 )
 def test_what_does_not_fit_text_or_memory_is_refused_at_once(
     name: str, flag: str, value: float, refused: Refuse, corpus: str, monkeypatch: pytest.MonkeyPatch
@@ -288,11 +285,10 @@ def test_what_does_not_fit_text_or_memory_is_refused_at_once(
     monkeypatch.setattr("jaxlm.training.memory_bytes", lambda: 16 * 10**9)
     flags = ["--corpus", corpus, f"--{flag.replace('_', '-')}", str(value)]
     if name == "compare_tokenizers":
-        family = {"characters": "char", "vocab_sizes": "bpe"}.get(flag, "bytes")
+        family = {"characters": "char", "vocab_size": "bpe", "vocab_sizes": "bpe"}.get(flag, "bytes")
         flags += ["--tokenizers", family, "--characters", "30"] if flag != "characters" else ["--tokenizers", family]
-    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sentence = refused(name, *flags)
-    assert time.monotonic() - started < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "half a gigabyte was taken"
     figures = {str(value), f"{value:,}", f"{value - 1}", f"{value:g}", str(257 + value), str(256 + value)}
     assert any(figure in sentence for figure in figures) or "parameters" in sentence, sentence
@@ -431,7 +427,7 @@ def test_files(case: str, name: str, refused: Refuse, tmp_path: Path, monkeypatc
     sentence = refused(name, "--corpus", spec, *(["--task", "threads"] if name == "tokenizers" else []))
     assert words in sentence
     file = "wikipedia" if spec.startswith("hf:") else spec.rsplit("/", 1)[-1]
-    assert file.strip()[:40] in sentence, "it is not named"  # a long name is cut
+    assert file.strip() in sentence or "name too long" in case, "it is not named"
 
 
 STRANGE = ("avec espaces", "élève 学校 🐈", "étoile *? %20#", "-x")
@@ -465,10 +461,9 @@ def test_a_run_and_a_comparison_in_a_strange_place(call: Callable[..., int], tmp
 def test_200_megabytes_on_one_line(suffix: str, name: str, refused: Refuse, tmp_path: Path) -> None:
     line = b"Le chat dort sur le toit. " * 8_000_000
     file = written(tmp_path, f"a.{suffix}", line if suffix == "txt" else b'{"text": "' + line + b'"}\n')
-    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sentence = refused(name, "--corpus", str(file))
     assert f"{file} has a document or a line of more than" in sentence and "cut it into several" in sentence
-    assert time.monotonic() - started < 20
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 3 * len(line)
 
 

@@ -70,3 +70,9 @@ def test_rows_line_up() -> None:
 def test_rows_are_shown_as_they_are() -> None:
     assert "[/]" in rendered(rows_table(("name", "longest"), [("a", "[/] [bold]:smile:")]))
     assert "[bold]:smile:" in rendered(rows_table(("name", "longest"), [("a", "[/] [bold]:smile:")]))
+
+
+def test_nothing_in_a_table_of_rows_is_markup() -> None:
+    text = rendered(rows_table(("[/]", "[bold]b"), [("[red]c", "[/red]")], "[link=x]title"))
+    for shown in ("[/]", "[bold]b", "[red]c", "[/red]", "[link=x]title"):
+        assert shown in text

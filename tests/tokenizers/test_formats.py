@@ -10,6 +10,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -768,3 +769,11 @@ def test_random_tokens_of_a_vocabulary_meet_every_merge() -> None:
         text = "".join(random.Random(seed).choices(tokens, k=30))
         ids = trained("gpt4").encode(text).tolist()
         assert in_tiktoken("gpt4").encode(text) == in_hugging_face("gpt4").encode(text).ids == ids
+
+
+def test_a_token_of_a_hundred_thousand_bytes_is_read_in_seconds() -> None:
+    sizes = [2**power for power in range(1, 17)]
+    started = time.perf_counter()
+    tokenizer = BPETokenizer.from_tiktoken(with_ranks([b"a" * size for size in (*sizes, sum(sizes[:-1]) + 1, 100_000)]))
+    assert time.perf_counter() - started < 20
+    assert tokenizer.encode("a" * 65_536).tolist() == [256 + 15]
