@@ -40,9 +40,9 @@ from jaxlm.reports.comparison import ArmRecord, HeldOut, collect
 from jaxlm.reports.page import page_html
 from jaxlm.reports.svg import inline_svg
 from jaxlm.reports.tables import arms_table, rows_table
-from jaxlm.runs import Run, read_config, read_metrics, recorded_devices, save_array
+from jaxlm.runs import Run, read_config, read_metrics, recorded_devices
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, InputError, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from jaxlm.tokenizers.base import content_hash
+from jaxlm.tokenizers.base import content_hash, save_array
 from jaxlm.training import TrainConfig, load_trained, run_identity, stored_settings
 
 EXAMPLES = int(os.environ.get("JAXLM_FUZZ_EXAMPLES", "0"))  # of an area; 0: a few
