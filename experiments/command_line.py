@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from jaxlm.data.cache import cache_directory
-from jaxlm.loop import RunFailed, RunInterrupted
+from jaxlm.runs import RunFailed, RunInterrupted
 from jaxlm.tokenizers.base import InputError, one_line, shown
 
 Config = TypeVar("Config")

@@ -47,7 +47,6 @@ from experiments.language_model import MODERN_MODEL, MODERN_OPTIMIZER
 from experiments.sweep import Outcome, check_factors, grid_runs, train_arm
 from jaxlm.data.documents import Corpus, open_corpus
 from jaxlm.data.shards import Survey, held_out_documents, survey_corpus
-from jaxlm.loop import RunFailed
 from jaxlm.model import ModelConfig
 from jaxlm.parallel import data_mesh, use_cores
 from jaxlm.progress import LiveTable
@@ -55,7 +54,7 @@ from jaxlm.reports.charts import write_figures
 from jaxlm.reports.comparison import ArmRecord, HeldOut, collect
 from jaxlm.reports.page import write_page
 from jaxlm.reports.tables import arms_table
-from jaxlm.runs import check_writable, console, environment, recorded_devices, write_json
+from jaxlm.runs import RunFailed, check_writable, console, environment, recorded_devices, write_json
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig
 

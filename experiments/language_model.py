@@ -17,7 +17,8 @@ from rich.table import Table
 from jaxlm.checkpoints import saved_steps
 from jaxlm.data.documents import Corpus, open_corpus
 from jaxlm.data.shards import Survey, TokenizedCorpus, survey_corpus, tokenize_corpus, train_documents
-from jaxlm.loop import evaluate_run, train
+from jaxlm.final_score import evaluate_run
+from jaxlm.loop import train
 from jaxlm.model import ModelConfig, init
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import use_cores

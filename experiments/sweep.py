@@ -17,9 +17,10 @@ from experiments.arms import Arm, with_updates
 from jaxlm.checkpoints import saved_steps
 from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenizedCorpus
-from jaxlm.loop import RunFailed, evaluate_run, is_finished, train_together
+from jaxlm.final_score import evaluate_run, is_finished
+from jaxlm.loop import train_together
 from jaxlm.progress import LiveTable, Reporter
-from jaxlm.runs import Run, read_metrics
+from jaxlm.runs import Run, RunFailed, read_metrics
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, open_run
 

@@ -15,17 +15,14 @@ import math
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 from rich.console import Console
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
+from jaxlm.board import Board
 from jaxlm.tokenizers.base import InputError, Tokenizer, load_tokenizer, one_line, replacing, shown
 
 CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jsonl", "samples.txt", "lock"
@@ -41,6 +38,14 @@ Acceptable = Literal["corpus", "tokenizer"]
 console = Console(highlight=False, emoji=False)
 if not console.is_terminal:
     console.width = 120  # tables that fit, in a file as on a screen
+
+
+class RunFailed(RuntimeError):
+    """The run can't go on. The message is one sentence: what happened, and what is left."""
+
+
+class RunInterrupted(Exception):
+    """A signal stopped the run after it was saved."""
 
 
 class Run:
@@ -74,7 +79,7 @@ class Run:
         if self.exists:
             self._check_identity(read_config(self.path)["identity"], f"{self.path} holds another run, which")
         _check_kinds(self.path)
-        self._board: _Board | None = None
+        self._board: Board | None = None
         self._lock: IO[str] | None = None
 
     def tokenizer(self) -> Tokenizer | None:
@@ -160,7 +165,7 @@ class Run:
         (self.path / FAILED_FILE).unlink(missing_ok=True)
         if self._board is not None:
             self._board.close()
-        self._board = _Board(self.path / "tensorboard", step + 1)
+        self._board = Board(self.path / "tensorboard", step + 1)
 
     def fail(self, reason: str) -> None:
         """Notes that the run can't be trained to its end, and why."""
@@ -232,43 +237,6 @@ class Run:
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         self._lock = file
-
-
-class _Board:
-    """A file for TensorBoard, in which what an earlier one says of the step `first` and later ones counts no more.
-
-    tensorboardX would write it in a thread. If that can't write it ends, and whoever has more to log waits for ever.
-    """
-
-    def __init__(self, folder: Path, first: int) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder, self._flushed = folder, time.monotonic()
-        with self._named():
-            self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-            self._writer.write_event(
-                Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START))
-            )
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds scalars, and writes them every ten seconds."""
-        with self._named():
-            for name, value in values.items():
-                self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-            if time.monotonic() - self._flushed > 10:
-                self._writer.flush()
-                self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Writes what is left."""
-        with self._named():
-            self._writer.close()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._folder)) from None
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ import pytest
 from jaxlm.checkpoints import Checkpoints, saved_steps
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenizedCorpus, survey_corpus, tokenize_corpus
-from jaxlm.loop import RunFailed, train
+from jaxlm.loop import train
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
-from jaxlm.runs import METRICS_FILE, Run, read_metrics
+from jaxlm.runs import METRICS_FILE, Run, RunFailed, read_metrics
 from jaxlm.tokenizers import CharTokenizer, Tokenizer
 from jaxlm.training import TrainConfig, TrainState, open_run
 

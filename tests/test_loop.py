@@ -21,11 +21,12 @@ from jaxlm import loop, training
 from jaxlm.checkpoints import Checkpoints, saved_steps
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenizedCorpus, survey_corpus, tokenize_corpus
-from jaxlm.loop import RunFailed, RunInterrupted, _Signals, evaluate_run, train, train_together
+from jaxlm.final_score import evaluate_run
+from jaxlm.loop import _Signals, train, train_together
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.progress import Reporter
-from jaxlm.runs import NATS_FILE, Run, read_config, read_metrics
+from jaxlm.runs import NATS_FILE, Run, RunFailed, RunInterrupted, read_config, read_metrics
 from jaxlm.tokenizers import CharTokenizer, InputError
 from jaxlm.training import (
     TrainConfig,

@@ -33,11 +33,10 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.command_line import program
 from jaxlm.checkpoints import Checkpoints, abstract, saved_steps
-from jaxlm.loop import RunFailed
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.reports.tables import rows_table
-from jaxlm.runs import METRICS_FILE, SAMPLES_FILE, console, read_config, read_metrics
+from jaxlm.runs import METRICS_FILE, SAMPLES_FILE, RunFailed, console, read_config, read_metrics
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, init_state
 

@@ -25,9 +25,8 @@ from typing import Any, Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.command_line import program
-from jaxlm.loop import RunFailed
 from jaxlm.reports.tables import rows_table
-from jaxlm.runs import console
+from jaxlm.runs import RunFailed, console
 from jaxlm.tokenizers.base import InputError
 
 Area = Literal["tokenizer", "config", "documents", "report"]

@@ -26,11 +26,10 @@ from jaxlm.checkpoints import Checkpoints
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus, train_documents
-from jaxlm.loop import RunFailed
 from jaxlm.model import ModelConfig
 from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
 from jaxlm.reports.tables import rows_table
-from jaxlm.runs import console, read_metrics
+from jaxlm.runs import RunFailed, console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step

@@ -463,7 +463,7 @@ def test_200_megabytes_on_one_line(suffix: str, name: str, refused: Refuse, tmp_
     file = written(tmp_path, f"a.{suffix}", line if suffix == "txt" else b'{"text": "' + line + b'"}\n')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sentence = refused(name, "--corpus", str(file))
-    assert f"{file} has a document or a line of more than" in sentence and "cut it into several" in sentence
+    assert f"{file.name} has a document or a line of more than" in sentence and "cut it into several" in sentence
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 3 * len(line)
 
 

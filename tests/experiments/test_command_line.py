@@ -10,7 +10,7 @@ import pytest
 
 from experiments import bpe_lm, bpe_tokenizer, char_lm, compare_tokenizers
 from experiments.command_line import parse, program
-from jaxlm.loop import RunFailed, RunInterrupted
+from jaxlm.runs import RunFailed, RunInterrupted
 from jaxlm.tokenizers import InputError
 
 MODULES = {

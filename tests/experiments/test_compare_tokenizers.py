@@ -19,9 +19,8 @@ from experiments.arms import Arm, Spec, make_arm, make_tokenizer, specs, with_bu
 from experiments.command_line import parse
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import survey_corpus
-from jaxlm.loop import RunFailed
 from jaxlm.model import ModelConfig, count_parameters, init
-from jaxlm.runs import read_metrics
+from jaxlm.runs import RunFailed, read_metrics
 from jaxlm.tokenizers import BPETokenizer, InputError
 from jaxlm.training import TrainConfig
 
