@@ -186,7 +186,7 @@ class Checkpoints:
 def saved_steps(directory: str | os.PathLike[str]) -> set[int]:
     """The steps that have a checkpoint in a directory, intact or not, without opening any."""
     folders = Path(directory).iterdir() if Path(directory).is_dir() else ()
-    return {int(folder.name) for folder in folders if folder.name.isdigit()}
+    return {int(folder.name) for folder in folders if folder.name.isdecimal()}
 
 
 def _open(directory: Path, keep: int, read_only: bool) -> ocp.training.Checkpointer:

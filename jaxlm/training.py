@@ -326,7 +326,7 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
     """The tokenizer, the model's config and the newest parameters of a run directory, on the first device.
 
     Raises:
-      InputError: no run there, or one that hasn't saved a checkpoint yet.
+      InputError: no run there, one that hasn't saved a checkpoint yet, or one of another model.
     """
     identity = read_config(path)["identity"]
     tokenizer = load_tokenizer(Path(path) / "tokenizer")
@@ -343,6 +343,11 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
         place = SingleDeviceSharding(jax.devices()[0])
         while (step := checkpoints.latest_step) is not None:
             with contextlib.suppress(BrokenCheckpoint):
+                of = stored_settings(checkpoints.record(step).get("run", {}).get("identity", identity))
+                if (of[0], of[1].optimizer) != (model, config.optimizer):
+                    raise InputError(
+                        f"The checkpoint of step {step} in {path} isn't of the model in config.json; restore either."
+                    )
                 return tokenizer, model, checkpoints.restore(abstract(shapes, place), step).params
         raise InputError(f"The run in {path} has no checkpoint that can be read; train it further first.")
     finally:

@@ -589,6 +589,15 @@ def test_a_checkpoint_that_was_copied_from_another_run_is_refused(tmp_path: Path
         run_training(tmp_path / "run", data, CONFIG)
 
 
+def test_a_checkpoint_of_another_model_is_not_taken_for_a_broken_one(tmp_path: Path, data: tuple) -> None:
+    run_training(tmp_path / "run", data, replace(CONFIG, steps=5))
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace('"width": 16', '"width": 8'))
+    with pytest.raises(InputError, match=r"step 5 .* isn't of the model in config\.json"):
+        load_trained(tmp_path / "run")
+    assert saved_steps(tmp_path / "run" / "checkpoints") == {5}
+
+
 def test_a_checkpoint_describes_its_run(tmp_path: Path, data: tuple) -> None:
     run_training(tmp_path / "run", data, replace(CONFIG, steps=5))
     described = kept_record(tmp_path / "run")["run"]
