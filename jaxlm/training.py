@@ -242,7 +242,7 @@ def run_identity(
 def stored_settings(identity: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
     """The model and the training that a `run_identity` is of. Raises InputError for what is none."""
     try:
-        optimizer = dict(identity["optimizer"])
+        optimizer = {**identity["optimizer"]}
         steps = optimizer.pop("schedule_steps", None)
         model, optimizer_config = ModelConfig(**identity["model"]), OptimizerConfig(**optimizer)
         if steps is None:  # of any length that is longer than the warm-up
