@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,8 +136,7 @@ def run(config: Config, area: str) -> Result:
 
 def start(area: str, examples: int, seed: int, log: Path, output: Any, memory_gb: float) -> subprocess.Popen[bytes]:
     """A process that runs the properties of an area."""
-    limit = round(memory_gb * 2**30)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [
             *(sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=short"),
             *(f"--hypothesis-seed={seed}", "-k", f"test_{area}", "tests/test_fuzz.py"),
@@ -147,8 +145,10 @@ def start(area: str, examples: int, seed: int, log: Path, output: Any, memory_gb
         env={**os.environ, "JAXLM_FUZZ_EXAMPLES": str(examples), "JAXLM_FUZZ_LOG": str(log)},
         stdout=output,
         stderr=subprocess.STDOUT,
-        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit)),
     )
+    limit = round(memory_gb * 2**30)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+    return process
 
 
 def read(log: Path) -> dict[str, Any]:

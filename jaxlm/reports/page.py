@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from jaxlm.reports import page_tables
@@ -47,48 +47,45 @@ def page_html(results: Mapping[str, Any]) -> str:
     done = done_arms(results)
     rows = shown_differences(results) if done else []
     styles = arm_styles(results)
-    html = (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            results=results,
-            style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
-            script=Markup(script),
-            # The page runs this script and no other: a name that got past the escaping would still do nothing.
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            charts={chart.key: {"chart": chart, "svg": Markup(inline_svg(chart))} for chart in charts(results)},
-            legend=[
-                (index, arm["name"], Markup(legend_entry(styles[arm["name"]])))
-                for index, arm in enumerate(results["arms"])
-                if arm["status"] == "done"
-            ],
-            done=done,
-            others=[arm for arm in results["arms"] if arm["status"] != "done"],
-            facts=page_tables.facts(results),
-            differences=page_tables.difference_table(rows),
-            all_differences=page_tables.difference_table([with_verdict(row) for row in results["differences"]])
-            if len(rows) < len(results["differences"])
-            else None,
-            scores=page_tables.score_table(results),
-            grid=page_tables.grid_table(results),
-            claims=[page_tables.claim_table(claim) for claim in results["claims"]],
-            measures=page_tables.measure_table(results),
-            paragraphs=[
-                {**paragraph, "rows": [(arm["name"], paragraph["tokens"].get(arm["name"], [])) for arm in done]}
-                for paragraph in results["paragraphs"]
-            ],
-            shown_arms=SHOWN_ARMS,
-        )
+    html = _template().render(
+        results=results,
+        style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        # The page runs this script and no other: a name that got past the escaping would still do nothing.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        charts={chart.key: {"chart": chart, "svg": Markup(inline_svg(chart))} for chart in charts(results)},
+        legend=[
+            (index, arm["name"], Markup(legend_entry(styles[arm["name"]])))
+            for index, arm in enumerate(results["arms"])
+            if arm["status"] == "done"
+        ],
+        done=done,
+        others=[arm for arm in results["arms"] if arm["status"] != "done"],
+        facts=page_tables.facts(results),
+        differences=page_tables.difference_table(rows),
+        all_differences=page_tables.difference_table([with_verdict(row) for row in results["differences"]])
+        if len(rows) < len(results["differences"])
+        else None,
+        scores=page_tables.score_table(results),
+        grid=page_tables.grid_table(results),
+        claims=[page_tables.claim_table(claim) for claim in results["claims"]],
+        measures=page_tables.measure_table(results),
+        paragraphs=[
+            {**paragraph, "rows": [(arm["name"], paragraph["tokens"].get(arm["name"], [])) for arm in done]}
+            for paragraph in results["paragraphs"]
+        ],
+        shown_arms=SHOWN_ARMS,
     )
     return html.encode("utf-8", "backslashreplace").decode()  # a lone surrogate in a name or a command
 
 
 @cache
-def _environment() -> Environment:
-    return Environment(
+def _template() -> Template:
+    environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template("page.html.j2")
