@@ -119,7 +119,7 @@ def test_a_vocabulary_of_too_many_ids_is_refused_before_a_text_is_read() -> None
 
     with pytest.raises(InputError, match=r"highest id .* is below 16,777,216, not 16777216; use fewer"):
         BPETokenizer.train(texts(), (1 << 24) + 1)
-    with pytest.raises(InputError, match=r"highest id .* not 1,099,511,627,776"):
+    with pytest.raises(InputError, match=r"highest id .* not 1099511627776"):
         BPETokenizer.train(texts(), 300, special_tokens={"<a>": 1 << 40})
     for size in ("300", 300.0, None):
         with pytest.raises(InputError, match=f"size of a vocabulary is a whole number, not {size!r}"):
