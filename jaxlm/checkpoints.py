@@ -238,8 +238,10 @@ def _no_more_than_the_exception() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     try:
         yield
-    finally:
+    except BaseException:
         gc.collect()
+        raise
+    finally:
         sys.unraisablehook = before
 
 

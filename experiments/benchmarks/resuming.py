@@ -10,6 +10,7 @@ run, the next takes one up that has a checkpoint; each is timed from its start t
 from __future__ import annotations
 
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def saves(config: Config) -> list[tuple[str, str]]:
 def starts(config: Config) -> list[tuple[str, str]]:
     """Seconds from the start of a process to the first step, of new runs and of one that is taken up again."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "resumed"
+        run = Path(folder) / "begun"
         command = f"-m experiments.char_lm --preset seed --log-every 1 --corpus {shlex.quote(config.corpus)}"
         arguments = [sys.executable, *shlex.split(command)]
         done = subprocess.run([*arguments, "--workdir", run, "--steps", "2"], capture_output=True, text=True)
@@ -108,15 +109,20 @@ def starts(config: Config) -> list[tuple[str, str]]:
             raise RunFailed(f"The training ended with status {done.returncode}: {done.stderr.strip()}")
         pairs = []
         for index in range(config.starts):
-            pairs.append([first_step([*arguments, "--workdir", str(path)], path, after) for path, after in (
-                (Path(folder) / f"new-{index}", 0), (run, 2),
-            )])  # fmt: skip
+            new, resumed = Path(folder) / f"new-{index}", Path(folder) / f"resumed-{index}"
+            shutil.copytree(run, resumed)
+            pairs.append(
+                [
+                    first_step([*arguments, "--workdir", str(path)], path, after)
+                    for path, after in ((new, 0), (resumed, 2))
+                ]
+            )
             console.print(f"start {index + 1}: new {pairs[-1][0]:.2f} s, resumed {pairs[-1][1]:.2f} s", style="dim")
-    new, resumed = (statistics.median(times) for times in zip(*pairs, strict=True))
+    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
     ratio = statistics.median(b / a for a, b in pairs)
     return [
-        ("first step of a new run", f"{new:.2f} s"),
-        ("first step of a resumed run", f"{resumed:.2f} s"),
+        ("first step of a new run", f"{medians[0]:.2f} s"),
+        ("first step of a resumed run", f"{medians[1]:.2f} s"),
         ("resumed / new", f"{ratio:.2f}"),
     ]
 
