@@ -160,9 +160,9 @@ def train_runs(
 ) -> list[str | None]:
     """Trains and scores runs of one arm, as many together as the devices allow: for each, why it failed, or None.
 
-    A run that failed once fails again, and is not tried again.
+    A run that failed once fails again, and is not tried again unless it is under another policy for faults.
     """
-    failures = [run.failure for run in runs]
+    failures = [run.failure(config.fault_policy) for run, config in zip(runs, configs, strict=True)]
     left = [
         index
         for index, (run, config) in enumerate(zip(runs, configs, strict=True))

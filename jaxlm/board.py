@@ -32,9 +32,14 @@ class Board:
         with self._named():
             for name, value in values.items():
                 self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-            if time.monotonic() - self._flushed > 10:
-                self._writer.flush()
-                self._flushed = time.monotonic()
+        if time.monotonic() - self._flushed > 10:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what it holds back."""
+        with self._named():
+            self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Writes what is left."""

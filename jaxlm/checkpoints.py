@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -55,6 +56,13 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._broken = self._directory.with_name("broken_checkpoints")
         self._notices: list[str] = []
+        self._view: tempfile.TemporaryDirectory[str] | None = None
+        if read_only:
+            # Links to what is there. Another process may be saving and deleting, and what is broken is for it to move.
+            self._view = tempfile.TemporaryDirectory()
+            for step in saved_steps(self._directory):
+                (Path(self._view.name) / str(step)).symlink_to(self._directory / str(step))
+            self._directory = Path(self._view.name)
         for step in sorted(saved_steps(self._directory)):
             if not _has_record(self._directory / str(step)):
                 self._set_aside(step, "its record is damaged")
@@ -80,7 +88,12 @@ class Checkpoints:
     @property
     def only_broken(self) -> bool:
         """Whether there were checkpoints, and all of them turned out to be broken."""
-        return not self.steps and self._broken.is_dir() and any(self._broken.iterdir())
+        return not self.steps and self.any_broken
+
+    @property
+    def any_broken(self) -> bool:
+        """Whether one has been set aside, now or before."""
+        return self._broken.is_dir() and any(self._broken.iterdir())
 
     def take_notices(self) -> list[str]:
         """What has been set aside since this was called last, a sentence each."""
@@ -101,15 +114,15 @@ class Checkpoints:
         """
         self.wait()
         metrics = None if bits_per_byte is None else {_METRIC: bits_per_byte}
-        kept = {"format": _FORMAT, "record": record, "checksums": _checksums(state)}
+        sums = {"checksums": _checksums(state), "record_checksum": _record_checksum(record)}
+        kept = {"format": _FORMAT, "record": record, **sums}
         with self._saving():
             self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=kept, force=True)
 
     def record(self, step: int) -> dict[str, Any]:
         """What was saved beside the state of a step. For errors see `restore`."""
         kept = self._kept(step)
-        # Before there were checksums, the record was all that was kept.
-        return kept["record"] if "checksums" in kept else kept
+        return kept.get("record", kept)
 
     def restore(self, abstract_state: State, step: int) -> State:
         """The state of a step, laid out as `abstract_state` says.
@@ -136,6 +149,11 @@ class Checkpoints:
             assert isinstance(kept, dict)
             if kept.get("format", 0) > _FORMAT:
                 raise InputError(f"{self._directory / str(step)} was written by a newer jaxlm; use that one.")
+            # Before there were checksums the record was all that was kept, and before there was one of it, the others.
+            whole = {"record", "checksums"} <= kept.keys() or ("format" not in kept and "step" in kept)
+            found = _record_checksum(kept.get("record"))
+            if not whole or kept.get("record_checksum", found) != found:
+                raise _Changed("its record isn't what was saved")
             return kept
 
     @contextlib.contextmanager
@@ -143,9 +161,12 @@ class Checkpoints:
         try:
             with _no_more_than_the_exception():
                 yield
-        except (InputError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+        except (InputError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and tensorstore raise all kinds for damaged files
+            number = _error_number(error)
+            if number is not None and number not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                raise OSError(number, os.strerror(number), str(self._directory / str(step))) from None
             self._set_aside(step, str(error) if isinstance(error, _Changed) else "its files are damaged")
             self._checkpointer.reload()
             raise BrokenCheckpoint(self._notices[-1]) from None
@@ -161,14 +182,15 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+            if self._view is not None:
+                self._view.cleanup()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors with the number in their text
-            found = re.search(r"os_error_code='(\d+)'", str(error))
-            number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        except (OSError, ValueError) as error:
+            number = _error_number(error)
             if number is None:
                 raise
             raise SaveFailed(
@@ -176,6 +198,12 @@ class Checkpoints:
             ) from error
 
     def _set_aside(self, step: int, reason: str) -> None:
+        if self._view is not None:
+            link = self._directory / str(step)
+            if (link / ".").exists():  # else it has been deleted in the meantime, as old ones are
+                self._notices.append(f"The checkpoint {os.readlink(link)} is broken ({reason}), and passed over.")
+            link.unlink()
+            return
         self._broken.mkdir(exist_ok=True)
         names = (f"{step}" if count == 1 else f"{step}-{count}" for count in itertools.count(1))
         place = next(self._broken / name for name in names if not (self._broken / name).exists())
@@ -218,8 +246,20 @@ def _has_record(folder: Path) -> bool:
     try:
         kept = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())["custom_metadata"]
         return isinstance(kept, dict) and ("record" in kept or "step" in kept)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
         return False
+
+
+def _error_number(error: Exception) -> int | None:
+    """What the system said; tensorstore's errors are ValueErrors with the number in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def _record_checksum(record: Any) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _checksums(state: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -108,6 +109,8 @@ def train_together(
                 f"{runs[0].path} has {first} steps already, and {config.steps} were asked for; ask for no fewer, or "
                 "choose another --workdir."
             )
+        for run in runs:
+            run.adopt(tokenizer)
         if first == config.steps:
             return list(states)
 
@@ -130,9 +133,9 @@ def train_together(
             """Takes all steps that are left, or those until a signal."""
             state = placed(states)
             states.clear()
+            clock.start()
             for loop in loops:
                 loop.begin(facts.utilization)
-            clock.start()
             for batch in batches(loops[0].step, config.steps):
                 limits = limits_of(*(loop.faults.limit(loop.step + 1) for loop in loops))
                 state, metrics = compiled(state, batch, limits)
@@ -168,7 +171,8 @@ def _all_written(runs: Sequence[Run]) -> Iterator[None]:
         yield
     except (SaveFailed, OSError) as error:
         if isinstance(error, OSError):
-            if not any(str(error.filename).startswith(str(run.path)) for run in runs):
+            place = Path(str(error.filename)).absolute()
+            if not any(place.is_relative_to(run.path.absolute()) for run in runs):
                 raise
             problem = f"Writing to {error.filename} failed: {error.strerror}."
         else:
@@ -206,6 +210,12 @@ def _resume(loops: Sequence[_Loop], sharding: jax.sharding.Sharding) -> tuple[in
                     "from elsewhere, or start again in another --workdir."
                 )
         first = max(set.intersection(*(set(loop.checkpoints.steps) for loop in loops)), default=None)
+        some = [loop.checkpoints.steps and loop.checkpoints.any_broken for loop in loops]
+        if first is None and len(loops) > 1 and any(some):
+            raise RunFailed(
+                f"{loops[0].run.path} and the runs beside it have no step in common with intact checkpoints; go on "
+                "with each alone, by --together 1."
+            )
         if first is None:
             return 0, [loop.begin_anew(sharding) for loop in loops]
         if first > loops[0].config.steps:
@@ -287,6 +297,7 @@ class _Loop:
         record = self.checkpoints.record(step)
         if "run" in record:  # else it is from before checkpoints described their runs
             self.run.check_description(record["run"], step)
+        self.run.check_logs(record["log_sizes"])
         shapes = jax.eval_shape(partial(init_state, self.model, self.config))
         state = self.checkpoints.restore(abstract(shapes, sharding), step)
         if step == self.config.steps and is_finished(self.run, self.config):
@@ -311,7 +322,7 @@ class _Loop:
             self._after_step(get_state, metrics, stop=stop)
         except RunFailed as failure:
             self.failure = failure
-            self.run.fail(str(failure))
+            self.run.fail(str(failure), self.config.fault_policy)
 
     def _after_step(self, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
         config = self.config
@@ -377,19 +388,19 @@ class _Loop:
         figures = f"batch {step - 1}, loss {values['train/loss']:.4g}, {norms}"
         try:
             if not self.faults.skip(step):
-                self._fail(step, figures)
+                self._fail(step, figures, skippable=self.config.on_fault == "stop")
         except Rewind:
             console.print(f"Step {step} was at fault ({figures}): back to the last checkpoint.", style="yellow")
             raise
         console.print(f"Step {step} was skipped ({figures}).", style="yellow")
 
-    def _fail(self, step: int, figures: str) -> NoReturn:
+    def _fail(self, step: int, figures: str, *, skippable: bool) -> NoReturn:
         saved = self.checkpoints.latest_step
         raise RunFailed(
             f"The run diverged at step {step} ({figures}); "
             + (f"the checkpoint of step {saved} is kept; " if saved is not None else "no checkpoint had been saved; ")
-            + "start again in another --workdir with a lower learning rate or with --clip-norm 1, or go on in this one "
-            "with --on-fault skip."
+            + "start again in another --workdir with a lower learning rate or with --clip-norm 1"
+            + (", or go on in this one with --on-fault skip." if skippable else ".")
         )
 
     def _log(self, step: int, **values: float) -> None:
@@ -404,7 +415,7 @@ class _Loop:
             params, self.model, self.data.held_out, end_of_text_id, num_documents=self.config.eval_documents
         )
         if not math.isfinite(evaluation.bits_per_byte):
-            self._fail(self.step, f"held-out loss {evaluation.loss}")
+            self._fail(self.step, f"held-out loss {evaluation.loss}", skippable=False)
         self.held_out = evaluation.bits_per_byte
         self._log(
             self.step,
@@ -442,8 +453,10 @@ class _Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         self._before, self._started = self.seconds, None
-        yield
-        self._started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started = time.perf_counter()
 
 
 class _Signals:

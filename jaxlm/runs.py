@@ -55,7 +55,7 @@ class Run:
       path: the directory, which need not exist.
       identity: what makes two runs the same: JSON-able, nested; equal identities on the same machine give equal bits.
       defaults: what stands for a part of the identity of a run from before there was that part.
-      accept: what may be another than it was when the run began.
+      accept: what may be another than it was when the run began; None if there is no choice.
 
     Raises:
       InputError: a run of another identity is there (the message names the fields that differ), its config can't be
@@ -68,12 +68,12 @@ class Run:
         identity: dict[str, Any],
         *,
         defaults: Mapping[str, dict[str, Any]] | None = None,
-        accept: Collection[Acceptable] = (),
+        accept: Collection[Acceptable] | None = None,
     ) -> None:
         check_writable(path)
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))
-        self._defaults, self._accept = defaults or {}, accept
+        self._defaults, self._accept, self._choice = defaults or {}, accept or (), accept is not None
         self.exists = os.path.exists(self.path / CONFIG_FILE)
         self.description: dict[str, Any] = {}  # of a started run: its identity, tokenizer and environment
         if self.exists:
@@ -89,26 +89,32 @@ class Run:
         return stored_tokenizer(self.path)
 
     def start(self, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:
-        """Writes the tokenizer and the config of a new run; a changed environment of an existing one is said.
+        """Takes the directory, and writes the tokenizer and the config of a new run; a changed environment is said.
 
         Raises:
-          InputError: the run was made with another tokenizer, or another process is training it.
+          InputError: the run was made with another tokenizer, or another process is training it or began it meanwhile.
         """
         self.description = {"identity": self.identity, "tokenizer_hash": tokenizer.hash, "environment": environment}
-        if not self.exists:
-            self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if not os.path.exists(self.path / CONFIG_FILE):
             tokenizer.save(self.path / "tokenizer")
-            self._take_lock()
             self._write_config()
             self.exists = True
             return
-        self._take_lock()
         stored = read_config(self.path)
+        if not self.exists:
+            self._check_identity(stored["identity"], f"{self.path} was taken meanwhile by another run, which")
+            self.exists = True
         self._check_tokenizer(stored["tokenizer_hash"], f"The run in {self.path}")
         for name, there, now in _differences(stored["environment"], environment):
             if name != "git_commit" or there is not None:
                 text = f"{_show(name)} was {_show(there)} and is {_show(now)} now: results may differ in the last bits."
                 console.print(text, style="yellow", markup=False)
+
+    def adopt(self, tokenizer: Tokenizer) -> None:
+        """Writes what was accepted to be another than it was."""
+        stored = read_config(self.path)
         accepted = [name for name in ("corpus", "tokenizer") if stored["identity"].get(name) != self.identity.get(name)]
         if accepted or stored["tokenizer_hash"] != tokenizer.hash:
             tokenizer.save(self.path / "tokenizer")
@@ -137,7 +143,7 @@ class Run:
         names = {name.split(".")[0] for name, _ in differing}
         mend = "choose another --workdir or repeat its settings"
         if names <= {"corpus", "tokenizer"}:
-            mend += f", or {self._override(names)}"
+            mend += self._override(names)
         raise InputError(f"{subject} differs in {', '.join(texts)}; {mend}.")
 
     def _check_tokenizer(self, found: str, subject: str) -> None:
@@ -145,11 +151,12 @@ class Run:
         if found != now and "tokenizer" not in self._accept:
             raise InputError(
                 f"{subject} was made with the tokenizer {_show(found[:12])}, and this one is {now[:12]}; put the right "
-                f"one back, choose another --workdir, or {self._override({'tokenizer'})}."
+                f"one back or choose another --workdir{self._override({'tokenizer'})}."
             )
 
     def _override(self, names: set[str]) -> str:
-        return f"go on with what is there now by --accept {' '.join(sorted({*names, *self._accept}))}"
+        flags = " ".join(sorted({*names, *self._accept}))
+        return f", or go on with what is there now by --accept {flags}" if self._choice else ""
 
     def _write_config(self) -> None:
         write_json(self.path / CONFIG_FILE, {"version": _FORMAT, **self.description})
@@ -167,14 +174,16 @@ class Run:
             self._board.close()
         self._board = Board(self.path / "tensorboard", step + 1)
 
-    def fail(self, reason: str) -> None:
-        """Notes that the run can't be trained to its end, and why."""
-        write_json(self.path / FAILED_FILE, {"reason": reason})
+    def fail(self, reason: str, policy: str) -> None:
+        """Notes that the run can't be trained to its end under a policy for faults, and why."""
+        write_json(self.path / FAILED_FILE, {"reason": reason, "policy": policy})
 
-    @property
-    def failure(self) -> str | None:
-        """Why the run can't be trained to its end, as noted before; None if it wasn't."""
-        return read_json(self.path / FAILED_FILE, reason=str)["reason"] if (self.path / FAILED_FILE).exists() else None
+    def failure(self, policy: str) -> str | None:
+        """Why the run can't be trained to its end under that policy, as noted before; None if it wasn't."""
+        if not (self.path / FAILED_FILE).exists():
+            return None
+        noted = read_json(self.path / FAILED_FILE, reason=str)
+        return noted["reason"] if noted.get("policy", policy) == policy else None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -185,18 +194,25 @@ class Run:
         finally:
             self.close()
 
+    def check_logs(self, log_sizes: dict[str, int]) -> None:
+        """Raises InputError for a damaged line in the part of the metrics that a checkpoint needs."""
+        if (self.path / METRICS_FILE).exists():
+            _metrics(self.path / METRICS_FILE, log_sizes.get(METRICS_FILE, 0))
+
     def log_sizes(self) -> dict[str, int]:
-        """Bytes of each log, to be kept with a checkpoint."""
+        """Bytes of each log, to be kept with a checkpoint. What TensorBoard holds back is written."""
+        if self._board is not None:
+            self._board.flush()
         paths = {name: self.path / name for name in (METRICS_FILE, SAMPLES_FILE)}
         return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
 
     def log(self, step: int, **values: float) -> None:
-        """Appends one line to metrics.jsonl (null for a number that isn't finite) and the same to TensorBoard."""
+        """Appends one line to metrics.jsonl (null for a number that isn't finite); in training, to TensorBoard too."""
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         _append(self.path / METRICS_FILE, json.dumps({"step": step, **line}) + "\n")
         if self._board is not None:
-            shown = {name: value for name, value in values.items() if name not in ("tokens", "bytes", "seconds")}
-            self._board.log(step, {name: value for name, value in shown.items() if math.isfinite(value)})
+            plots = {name: value for name, value in values.items() if name not in ("tokens", "bytes", "seconds")}
+            self._board.log(step, {name: value for name, value in plots.items() if math.isfinite(value)})
 
     def log_sample(self, step: int, text: str) -> None:
         """Appends a sample to samples.txt."""
@@ -269,7 +285,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       InputError: a line before a whole one is damaged, or holds something else than numbers.
     """
     file = Path(path) / METRICS_FILE
-    records = [_record(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
+    return _metrics(file) if file.exists() else []
+
+
+def _metrics(file: Path, size: int = -1) -> list[dict[str, Any]]:
+    """The lines of a file, or of its first bytes; for the rest see `read_metrics`."""
+    with file.open("rb") as opened:
+        records = [_record(line) for line in opened.read(size).split(b"\n")[:-1]]
     while records and not records[-1]:
         records.pop()
     if not all(records):

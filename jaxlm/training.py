@@ -20,13 +20,13 @@ import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm.attention import Implementation
-from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract
+from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract, saved_steps
 from jaxlm.evaluation import WINDOWS_AT_ONCE, token_nats
 from jaxlm.faults import Policy
 from jaxlm.model import LARGEST_FLOAT, LARGEST_INT, ModelConfig, Params, forward, init, num_parameters
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxlm.parallel import batch_sharding, mean_gradients, memory_bytes
-from jaxlm.runs import CONFIG_FILE, Acceptable, Run, read_config
+from jaxlm.runs import CONFIG_FILE, Acceptable, Run, console, read_config
 from jaxlm.tokenizers.base import InputError, Tokenizer, check_text, check_types, load_tokenizer, shown
 
 Metrics = dict[str, jax.Array]
@@ -72,8 +72,16 @@ class TrainConfig:
             raise InputError(f"The spike factor is a float32 number above 1, not {self.spike_factor}.")
         learning_rate_schedule(self.optimizer, self.steps)
 
+    @property
+    def fault_policy(self) -> str:
+        """What is a fault, and what is done about it."""
+        return f"{self.on_fault}, spike factor {self.spike_factor}"
+
     def identity(self) -> dict[str, Any]:
-        """The part that decides about the result. A constant schedule has no length, so such a run can be prolonged."""
+        """The part that decides about the result, faults excepted, whose policy may change while a run goes on.
+
+        A constant schedule has no length, so such a run can be prolonged.
+        """
         optimizer = dict(vars(self.optimizer))
         if self.optimizer.schedule != "constant" or self.optimizer.warmup_steps is None:
             optimizer["schedule_steps"] = self.steps
@@ -264,7 +272,7 @@ def open_run(
     config: TrainConfig,
     *,
     warm_start: str | None = None,
-    accept: Collection[Acceptable] = (),
+    accept: Collection[Acceptable] | None = None,
 ) -> Run:
     """The directory of a run with this identity and, if it is begun from another run's parameters, that one's path.
 
@@ -292,7 +300,7 @@ def load_warm_start(
     """
     tokenizer, found, params = load_trained(path)
     free = {"window", "dropout", *(["context"] if model.positions == "rope" else [])}
-    there = {**read_config(path)["identity"]["tokenizer"], **asdict(found)}
+    there = {**read_config(path)["identity"].get("tokenizer", {}), **asdict(found)}
     asked = {**tokenizer_settings, **asdict(model)}
     differing = [
         f"{name} ({there.get(name)} there, {asked.get(name)} asked for)"
@@ -338,17 +346,30 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
         raise InputError(f"{Path(path) / CONFIG_FILE} is damaged{reason}; restore it, or train again.") from None
     if not (Path(path) / "checkpoints").is_dir():
         raise InputError(f"The run in {path} has no checkpoint yet; train it further first.")
-    checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
-    try:
-        place = SingleDeviceSharding(jax.devices()[0])
-        while (step := checkpoints.latest_step) is not None:
-            with contextlib.suppress(BrokenCheckpoint):
-                of = stored_settings(checkpoints.record(step).get("run", {}).get("identity", identity))
-                if (of[0], of[1].optimizer) != (model, config.optimizer):
-                    raise InputError(
-                        f"The checkpoint of step {step} in {path} isn't of the model in config.json; restore either."
-                    )
-                return tokenizer, model, checkpoints.restore(abstract(shapes, place), step).params
-        raise InputError(f"The run in {path} has no checkpoint that can be read; train it further first.")
-    finally:
-        checkpoints.close()
+    place = SingleDeviceSharding(jax.devices()[0])
+    tried: set[int] = set()
+    while new := saved_steps(Path(path) / "checkpoints") - tried:  # a training may save and delete meanwhile
+        tried |= new
+        checkpoints = Checkpoints(Path(path) / "checkpoints", read_only=True)
+        try:
+            while (step := checkpoints.latest_step) is not None:
+                with contextlib.suppress(BrokenCheckpoint):
+                    _check_described(path, step, checkpoints.record(step), model, config)
+                    return tokenizer, model, checkpoints.restore(abstract(shapes, place), step).params
+        finally:
+            for notice in checkpoints.take_notices():
+                console.print(notice, style="yellow", markup=False)
+            checkpoints.close()
+    raise InputError(f"The run in {path} has no checkpoint that can be read; restore one, or train it again.")
+
+
+def _check_described(
+    path: str | os.PathLike[str], step: int, record: dict[str, Any], model: ModelConfig, config: TrainConfig
+) -> None:
+    """Raises InputError for the checkpoint of another model, which couldn't be read."""
+    if "run" in record:
+        there, training = stored_settings(record["run"]["identity"])
+        if (there, training.optimizer) != (model, config.optimizer):
+            raise InputError(
+                f"The checkpoint of step {step} in {path} isn't of the model in config.json; restore either."
+            )

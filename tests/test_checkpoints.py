@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,55 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path: Path
         reopened.restore(state(0), 3)
     assert reopened.steps == [3]
     reopened.close()
+
+
+@pytest.mark.parametrize("change", [('"seconds"', '"secondz"'), (": 5751", ": 1751"), ('"record"', '"recorc"')])
+def test_a_record_of_which_a_byte_was_flipped_is_broken(tmp_path: Path, change: tuple[str, str]) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, state(3), {"step": 3, "seconds": 1.5, "log_sizes": {"metrics.jsonl": 5751}})
+    checkpoints.close()
+    file = tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    content = file.read_text()
+    assert content.count(change[0]) == 1
+    file.write_text(content.replace(*change))
+    reopened = Checkpoints(tmp_path / "checkpoints")
+    if reopened.steps:
+        with pytest.raises(BrokenCheckpoint, match="its record isn't what was saved"):
+            reopened.record(3)
+    assert reopened.only_broken
+    reopened.close()
+
+
+def test_a_reader_moves_nothing_and_passes_over_what_is_broken_or_gone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (3, 4, 5):
+        checkpoints.save(step, large(step), {"step": step})
+    checkpoints.close()
+    reader = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    part(tmp_path / "checkpoints" / "5", "data").write_bytes(b"")
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    with pytest.raises(BrokenCheckpoint):
+        reader.restore(large(0), 5)
+    assert reader.latest_step is None
+    reader.close()
+    assert steps(tmp_path / "checkpoints") == {5}
+    assert not (tmp_path / "broken_checkpoints").exists()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, state(3), {"step": 3})
+    checkpoints.close()
+    read_bytes = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "_CHECKPOINT_METADATA":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError):
+        Checkpoints(tmp_path / "checkpoints")
+    assert steps(tmp_path / "checkpoints") == {3}

@@ -478,7 +478,7 @@ def test_config_of_an_arm(run_folder: Path, edits: list[Edit], bytes_: Any) -> N
     spec = arms.Spec("bpe-300", "bpe", 300, (1, 16))
     with bounded():
         run = Run(run_folder, json.loads(config_text())["identity"])
-        reason = outcome(lambda: run.failure)
+        reason = outcome(lambda: run.failure("stop"))
         assert reason is None or isinstance(reason, str)
         updates = outcome(lambda: arms.kept_updates(run_folder, 5))
         assert updates is None or isinstance(updates, int)

@@ -307,8 +307,11 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_leads_to_the_sam
     assert losses(tmp_path / "straight") == losses(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "broken_checkpoints").iterdir()] == ["20"]
     damage(tmp_path / "run" / "checkpoints" / "20")
+    capsys.readouterr()
     assert int(jax.tree.leaves(load_trained(tmp_path / "run")[2])[0].size) > 0, "a reader takes the one before, too"
-    assert {path.name for path in (tmp_path / "run" / "broken_checkpoints").iterdir()} == {"20", "20-2"}
+    assert "is broken" in capsys.readouterr().out
+    assert saved_steps(tmp_path / "run" / "checkpoints") == {15, 20}, "and leaves it where it is"
+    assert [path.name for path in (tmp_path / "run" / "broken_checkpoints").iterdir()] == ["20"]
 
 
 def test_when_all_checkpoints_are_broken_the_run_says_so_and_stops(tmp_path: Path, data: tuple) -> None:
@@ -385,6 +388,15 @@ def test_runs_that_saved_unequally_go_on_from_what_all_have_to_the_same_bits(tmp
     assert (tmp_path / "broken" / "1" / "metrics.jsonl").read_text() == metrics, "finished runs are left as they are"
 
 
+def test_runs_without_a_common_intact_checkpoint_keep_those_that_they_have(tmp_path: Path, data: tuple) -> None:
+    run_together(tmp_path, data)
+    for index, step in ((0, 20), (1, 15)):
+        damage(tmp_path / str(index) / "checkpoints" / str(step))
+    with pytest.raises(RunFailed, match="no step in common with intact checkpoints"):
+        run_together(tmp_path, data)
+    assert [saved_steps(tmp_path / str(index) / "checkpoints") for index in range(2)] == [{15}, {20}]
+
+
 def test_a_run_that_diverges_leaves_the_others_alone(tmp_path: Path, data: tuple) -> None:
     wild = replace(CONFIG, optimizer=replace(CONFIG.optimizer, learning_rate=1e30))
     good, bad = run_together(tmp_path / "run", data, [CONFIG, wild])
@@ -432,10 +444,10 @@ def test_a_fault_stops_the_run_with_its_figures_and_the_run_can_go_on_without_th
     last = read_metrics(tmp_path / "run")[-1]
     assert (last["step"], last["skipped"], last["batch"]) == (8, 1, 7)
     assert last["grad_norm"] > 0
-    assert open_run(tmp_path / "run", data[2]).failure is not None
+    assert open_run(tmp_path / "run", data[2]).failure(CONFIG.fault_policy) is not None
     skipping = replace(CONFIG, on_fault="skip")
     resumed = run_training(tmp_path / "run", data, skipping)
-    assert open_run(tmp_path / "run", data[2]).failure is None
+    assert open_run(tmp_path / "run", data[2]).failure(CONFIG.fault_policy) is None
     assert_equal_bits(resumed, run_training(tmp_path / "straight", data, skipping))
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
@@ -479,9 +491,25 @@ def test_ten_faults_in_a_row_stop_the_run_whatever_the_policy(
     policy: str, tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault_at(monkeypatch, *range(6, 21))
+    config = replace(CONFIG, on_fault=policy)  # type: ignore[arg-type]
     with pytest.raises(RunFailed, match="diverged at step 15 "):
-        run_training(tmp_path / "run", data, replace(CONFIG, on_fault=policy))  # type: ignore[arg-type]
-    assert open_run(tmp_path / "run", data[2]).failure is not None
+        run_training(tmp_path / "run", data, config)
+    assert open_run(tmp_path / "run", data[2]).failure(config.fault_policy) is not None
+
+
+def test_speed_is_measured_anew_after_going_back(tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault_at(monkeypatch, 13)
+    run_training(tmp_path / "run", data, replace(CONFIG, on_fault="rewind"))
+    assert all(line["tokens_per_second"] > 0 for line in read_metrics(tmp_path / "run") if "tokens_per_second" in line)
+
+
+def test_skipping_is_advised_only_where_it_helps(tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault_at(monkeypatch, *range(3, 21))
+    with pytest.raises(RunFailed, match=r"or with --clip-norm 1\.$"):
+        run_training(tmp_path / "run", data, replace(CONFIG, on_fault="skip"))
+    run = open_run(tmp_path / "run", data[2])
+    assert run.failure(replace(CONFIG, on_fault="skip").fault_policy) is not None
+    assert run.failure(CONFIG.fault_policy) is None, "under another policy it may go well"
 
 
 def test_runs_that_train_together_cannot_be_rewound(tmp_path: Path, data: tuple) -> None:
@@ -549,6 +577,8 @@ def test_another_corpus_is_refused_with_both_hashes_and_accepted_if_that_is_aske
     run_training(tmp_path / "run", data, replace(constant, steps=10))
     other = "f" * 64
     with pytest.raises(InputError, match=rf"corpus \({fingerprint[:12]}\.\.\. there, f{{12}}.*by --accept corpus\."):
+        open_run(tmp_path / "run", other, constant, accept=[])
+    with pytest.raises(InputError, match=r"repeat its settings\."):
         open_run(tmp_path / "run", other, constant)
     capsys.readouterr()
     run = open_run(tmp_path / "run", other, constant, accept=["corpus"])
@@ -572,7 +602,7 @@ def test_another_tokenizer_is_refused_with_both_hashes_and_accepted_if_that_is_a
     assert other.hash != tokenizer.hash
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(InputError, match=f"{tokenizer.hash[:12]}, .* {other.hash[:12]}; .* by --accept tokenizer"):
-        train(open_run(tmp_path / "run", fingerprint, constant), other, tokens, TINY, constant)
+        train(open_run(tmp_path / "run", fingerprint, constant, accept=[]), other, tokens, TINY, constant)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     train(open_run(tmp_path / "run", fingerprint, constant, accept=["tokenizer"]), other, tokens, TINY, constant)
     stored = open_run(tmp_path / "run", fingerprint, constant).tokenizer()
@@ -619,3 +649,42 @@ def test_a_run_from_before_there_was_a_setting_has_its_default(tmp_path: Path, d
     file.write_text(json.dumps(config))
     assert_equal_bits(straight, run_training(tmp_path / "run", data, CONFIG))
     assert load_trained(tmp_path / "run")[1] == TINY
+
+
+def test_nothing_is_written_by_a_start_that_comes_too_late(tmp_path: Path, data: tuple) -> None:
+    tokenizer, _, fingerprint = data
+    late = open_run(tmp_path / "run", fingerprint, replace(CONFIG, seed=9))
+    first = open_run(tmp_path / "run", fingerprint)
+    first.start(tokenizer, {})
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = CharTokenizer(tokenizer.characters[::-1])
+    with pytest.raises(InputError, match="Another process"):
+        late.start(other, {})
+    first.close()
+    with pytest.raises(InputError, match=r"taken meanwhile by another run, which differs in seed \(0 there, 9 asked"):
+        late.start(other, {})
+    late.close()
+    (tmp_path / "run" / "lock").write_bytes(files[tmp_path / "run" / "lock"])
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_nothing_is_accepted_by_a_run_that_does_not_go_on(tmp_path: Path, data: tuple) -> None:
+    tokenizer, tokens, fingerprint = data
+    constant = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=0.01))
+    run_training(tmp_path / "run", data, replace(constant, steps=10))
+    shorter = replace(constant, steps=5)
+    with pytest.raises(InputError, match="10 steps already"):
+        train(open_run(tmp_path / "run", "f" * 64, shorter, accept=["corpus"]), tokenizer, tokens, TINY, shorter)
+    assert read_config(tmp_path / "run")["identity"]["corpus"] == fingerprint
+
+
+def test_a_damaged_log_is_said_before_anything_is_cut_back(tmp_path: Path, data: tuple) -> None:
+    run_training(tmp_path / "run", data, replace(CONFIG, steps=20))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([lines[0], b"?" * len(lines[1]), *lines[2:]]))
+    before = file.read_bytes()
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        run_training(tmp_path / "run", data, CONFIG)
+    assert file.read_bytes() == before

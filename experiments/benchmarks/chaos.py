@@ -33,12 +33,10 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.command_line import program
 from jaxlm.checkpoints import Checkpoints, abstract, saved_steps
-from jaxlm.model import ModelConfig
-from jaxlm.optimizers import OptimizerConfig
 from jaxlm.reports.tables import rows_table
 from jaxlm.runs import METRICS_FILE, SAMPLES_FILE, RunFailed, console, read_config, read_metrics
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import TrainConfig, init_state
+from jaxlm.training import TrainConfig, init_state, stored_settings
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def run(config: Config, folder: Path) -> Result:
     moments = random.Random(config.seed)
     started = time.monotonic()
     if (status := start(config, folder / "straight", folder / "cache").wait()) != 0:
-        raise RunFailed(f"The training ended with status {status} without a kill.")
+        raise failed(folder / "straight", status, 0)
     whole = time.monotonic() - started
     expected = fingerprint(folder / "straight")
     kills: Counter[str] = Counter()
@@ -114,13 +112,18 @@ def run(config: Config, folder: Path) -> Result:
                     console.print(f"kill {kills.total()} at step {reached(workdir)}", style="dim")
                     continue
             if (status := process.wait()) != 0:
-                raise RunFailed(f"After {kills.total()} kills the training ended with status {status}: see {workdir}.")
+                raise failed(workdir, status, kills.total())
             break
         rounds += 1
         equal = equal and fingerprint(workdir) == expected
         shutil.rmtree(workdir)
         shutil.rmtree(cache, ignore_errors=True)
     return Result(kills, rounds, repeated, lost, equal)
+
+
+def failed(workdir: Path, status: int, kills: int) -> RunFailed:
+    told = workdir.with_suffix(".err").read_text(errors="replace").strip().splitlines()[-1:]
+    return RunFailed(f"After {kills} kills the training ended with status {status}: {' '.join(told)}")
 
 
 def await_moment(
@@ -158,17 +161,17 @@ def doing(config: Config, workdir: Path, cache: Path, since: float) -> str:
 def start(config: Config, workdir: Path, cache: Path) -> subprocess.Popen[bytes]:
     """A training process, in which something is due every few steps."""
     flags = (
-        f"--workdir {workdir} --steps {config.steps} --vocab-size 80 --width 16 --num-heads 2 --num-layers 1 "
+        f"--steps {config.steps} --vocab-size 80 --width 16 --num-heads 2 --num-layers 1 "
         "--context 32 --batch-size 4 --corpus-bytes 60000 --eval-every 10 --eval-documents 2 --sample-every 20 "
         "--checkpoint-every 5 --log-every 1 --dropout 0.1"
     )
     xla = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "xla"))
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.char_lm", *flags.split()],
+        [sys.executable, "-m", "experiments.char_lm", "--workdir", str(workdir), *flags.split()],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "JAXLM_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": xla},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=workdir.with_suffix(".err").open("wb"),
     )
 
 
@@ -186,16 +189,9 @@ def behind(workdir: Path) -> tuple[int, float]:
 
 def fingerprint(workdir: Path) -> str:
     """A hash of all that a run leaves: parameters, optimizer state, losses and scores, samples."""
-    identity = read_config(workdir)["identity"]
-    optimizer = {name: value for name, value in identity["optimizer"].items() if name != "schedule_steps"}
-    config = TrainConfig(
-        seed=identity["seed"],
-        steps=identity["optimizer"].get("schedule_steps", 10**6),
-        batch_size=identity["batch_size"],
-        optimizer=OptimizerConfig(**optimizer),
-    )
+    model, training = stored_settings(read_config(workdir)["identity"])
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    shapes = jax.eval_shape(partial(init_state, ModelConfig(**identity["model"]), config))
+    shapes = jax.eval_shape(partial(init_state, model, training))
     state = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])), max(checkpoints.steps))
     checkpoints.close()
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What saving costs, and how soon a run that is taken up again takes its first step.
+"""What saving costs, and how soon a run that is taken up again logs its first step.
 
     python -m experiments.benchmarks.resuming --corpus articles.parquet
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -33,7 +33,7 @@ from jaxlm.reports.tables import rows_table
 from jaxlm.runs import RunFailed, console, read_metrics
 from jaxlm.tokenizers import CharTokenizer
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step
+from jaxlm.training import TrainConfig, init_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,6 @@ class Config:
     blocks: int = 7  # pairs of measurements
     block_steps: int = 10  # steps in each
     starts: int = 5  # pairs of processes
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=98))
-    training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if min(self.blocks, self.block_steps, self.starts) < 1:
@@ -62,17 +60,16 @@ def main(config: Config) -> None:
 
 def saves(config: Config) -> list[tuple[str, str]]:
     """Seconds of a step and of a save, from the differences of neighbouring blocks."""
-    training = config.training
+    model, training = ModelConfig(vocab_size=98), TrainConfig()
     use_cores(training.batch_size)
-    check_memory(config.model, training)
     corpus = open_corpus(config.corpus)
     survey = survey_corpus(corpus)
-    data = tokenize(corpus, survey, CharTokenizer.train(train_documents(corpus, survey), config.model.vocab_size))
+    data = tokenize(corpus, survey, CharTokenizer.train(train_documents(corpus, survey), model.vocab_size))
     mesh = data_mesh(training.batch_size)
-    batches = make_batches(data.train, context=config.model.context, batch_size=training.batch_size, seed=0)
+    batches = make_batches(data.train, context=model.context, batch_size=training.batch_size, seed=0)
     batch = jax.device_put(batches[0], batch_sharding(mesh))
-    step = jax.jit(make_train_step(config.model, training, mesh), donate_argnums=0)
-    state, _ = step(jax.device_put(init_state(config.model, training), replicated(mesh)), batch)
+    step = jax.jit(make_train_step(model, training, mesh), donate_argnums=0)
+    state, _ = step(jax.device_put(init_state(model, training), replicated(mesh)), batch)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder)
@@ -131,14 +128,15 @@ def first_step(command: list[str], path: Path, after: int) -> float:
     """Seconds until the metrics have a step after this one."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not any(line["step"] > after for line in read_metrics(path)):
-        if process.poll() is not None:
-            raise RunFailed(f"The training ended with status {process.returncode} before its first step.")
-        time.sleep(0.01)
-    seconds = time.perf_counter() - started
-    process.kill()
-    process.wait()
-    return seconds
+    try:
+        while not any(line["step"] > after for line in read_metrics(path)):
+            if process.poll() is not None:
+                raise RunFailed(f"The training ended with status {process.returncode} before its first step.")
+            time.sleep(0.01)
+        return time.perf_counter() - started
+    finally:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

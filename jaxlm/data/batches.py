@@ -15,6 +15,7 @@ from jaxlm.tokenizers.base import InputError
 
 # What a seed is hashed together with, so that the streams drawn from it have nothing to do with one another.
 _ORDER, _OFFSET = 1, 2
+_WINDOWS = 1 << 61  # no training takes as many
 
 
 def make_batches(tokens: TokenStream, *, context: int, batch_size: int, seed: int) -> grain.MapDataset:
@@ -29,7 +30,9 @@ def make_batches(tokens: TokenStream, *, context: int, batch_size: int, seed: in
         raise InputError(f"The seed is at least 0, not {seed}.")
     # grain orders epoch e by seed + e, so that seeds which aren't hashed would share epochs with their neighbours.
     order = int(np.random.SeedSequence([seed, _ORDER]).generate_state(1)[0])
-    return Windows(tokens, context, seed).shuffle(seed=order).repeat().batch(batch_size)
+    windows = Windows(tokens, context, seed)
+    # Without end it would be as long as an index can be, and a slice of batches of one would end beyond that.
+    return windows.shuffle(seed=order).repeat(_WINDOWS // len(windows)).batch(batch_size)
 
 
 class Windows(grain.MapDataset[npt.NDArray[np.int32]]):

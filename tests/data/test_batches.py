@@ -215,3 +215,9 @@ def test_a_batch_of_nothing_is_refused(batch_size: int) -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(InputError, match="seed is at least 0, not -1"):
         make_batches(make_stream(100), context=8, batch_size=2, seed=-1)
+
+
+def test_a_batch_of_one_can_be_sliced() -> None:
+    batches = make_batches(make_stream(100), context=8, batch_size=1, seed=0)
+    for index, batch in enumerate(batches[0:3]):
+        np.testing.assert_array_equal(batch, batches[index])
