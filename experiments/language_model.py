@@ -92,7 +92,7 @@ class LanguageModelConfig:
     corpus_bytes: int | None = None  # take the first so many bytes of text
     training: TrainConfig = field(default_factory=TrainConfig)
     warm_start: str | None = None  # begin with the tokenizer and the parameters of the run in this directory
-    accept: tuple[Acceptable, ...] = ()  # go on in a run whose corpus or tokenizer was another one until now
+    accept: tuple[Acceptable, ...] = ()  # let a run go on with another corpus, or another tokenizer, than it began with
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -119,6 +119,7 @@ def run(
     tokenizer, params = run.tokenizer(), None
     if config.warm_start is not None and not saved_steps(run.path / "checkpoints"):
         tokenizer, params = load_warm_start(config.warm_start, settings, config.model)
+        console.print(f"Beginning with the tokenizer and the weights of {config.warm_start}.", markup=False)
     tokenizer = tokenizer or train_tokenizer(train_documents(corpus, survey))
     console.print(f"{survey.documents:,} documents, {survey.bytes:,} bytes, the last 10 % held out")
     data = tokenize(corpus, survey, tokenizer)

@@ -167,9 +167,9 @@ class Checkpoints:
             number = _error_number(error)
             if number is not None and number not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
                 raise OSError(number, os.strerror(number), str(self._directory / str(step))) from None
-            self._set_aside(step, str(error) if isinstance(error, _Changed) else "its files are damaged")
+            told = self._set_aside(step, str(error) if isinstance(error, _Changed) else "its files are damaged")
             self._checkpointer.reload()
-            raise BrokenCheckpoint(self._notices[-1]) from None
+            raise BrokenCheckpoint(told) from None
 
     def wait(self) -> None:
         """Waits until all is written. Raises SaveFailed if it couldn't be."""
@@ -197,18 +197,20 @@ class Checkpoints:
                 f"A checkpoint couldn't be written to {self._directory}: {os.strerror(number)}."
             ) from error
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _set_aside(self, step: int, reason: str) -> str:
         if self._view is not None:
             link = self._directory / str(step)
-            if (link / ".").exists():  # else it has been deleted in the meantime, as old ones are
-                self._notices.append(f"The checkpoint {os.readlink(link)} is broken ({reason}), and passed over.")
+            told = f"The checkpoint {os.readlink(link)} is broken ({reason}), and passed over."
+            if link.exists():  # else it has been deleted in the meantime, as old ones are
+                self._notices.append(told)
             link.unlink()
-            return
+            return told
         self._broken.mkdir(exist_ok=True)
         names = (f"{step}" if count == 1 else f"{step}-{count}" for count in itertools.count(1))
         place = next(self._broken / name for name in names if not (self._broken / name).exists())
         (self._directory / str(step)).rename(place)
         self._notices.append(f"The checkpoint of step {step} is broken ({reason}); it is kept in {place}.")
+        return self._notices[-1]
 
 
 def saved_steps(directory: str | os.PathLike[str]) -> set[int]:

@@ -109,10 +109,16 @@ def train_together(
                 f"{runs[0].path} has {first} steps already, and {config.steps} were asked for; ask for no fewer, or "
                 "choose another --workdir."
             )
+        if first == config.steps:
+            if any(run.accepted(tokenizer) for run in runs):
+                raise InputError(
+                    f"{runs[0].path} has all its {first} steps already, and was scored on what it had; ask for more "
+                    "steps, or choose another --workdir."
+                )
+            console.print(f"{runs[0].path} has all its {first:,} steps already.", markup=False)
+            return list(states)
         for run in runs:
             run.adopt(tokenizer)
-        if first == config.steps:
-            return list(states)
 
         def batches(start: int, stop: int) -> Iterator[jax.Array]:
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -386,20 +392,26 @@ class _Loop:
         self._log(step, **values, skipped=1, batch=step - 1)
         norms = f"gradient norm {values['grad_norm']:.4g}, weight norm {values['weight_norm']:.4g}"
         figures = f"batch {step - 1}, loss {values['train/loss']:.4g}, {norms}"
+        if math.isfinite(limit := self.faults.limit(step)) and values["train/loss"] > limit:
+            figures += f"; more than {limit:.4g} is a jump"
         try:
             if not self.faults.skip(step):
-                self._fail(step, figures, skippable=self.config.on_fault == "stop")
+                stopped = self.config.on_fault == "stop"
+                self._fail(step, figures if stopped else f"the tenth at fault in a row: {figures}", skippable=stopped)
         except Rewind:
-            console.print(f"Step {step} was at fault ({figures}): back to the last checkpoint.", style="yellow")
+            back = self.checkpoints.latest_step or 0
+            console.print(f"Step {step} was at fault ({figures}): back to step {back}.", style="yellow")
             raise
-        console.print(f"Step {step} was skipped ({figures}).", style="yellow")
+        if self.config.on_fault == "skip":
+            console.print(f"Step {step} was skipped ({figures}).", style="yellow")
 
     def _fail(self, step: int, figures: str, *, skippable: bool) -> NoReturn:
         saved = self.checkpoints.latest_step
         raise RunFailed(
             f"The run diverged at step {step} ({figures}); "
             + (f"the checkpoint of step {saved} is kept; " if saved is not None else "no checkpoint had been saved; ")
-            + "start again in another --workdir with a lower learning rate or with --clip-norm 1"
+            + "start again in another --workdir with a lower learning rate"
+            + ("" if self.config.optimizer.clip_norm else " or with --clip-norm 1")
             + (", or go on in this one with --on-fault skip." if skippable else ".")
         )
 
@@ -460,7 +472,7 @@ class _Clock:
 
 
 class _Signals:
-    """SIGINT and SIGTERM are noted, for the loop to stop after its step; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP are noted, for the loop to stop after its step; a second one stops at once."""
 
     def __init__(self) -> None:
         self.received = False
@@ -468,7 +480,10 @@ class _Signals:
     def __enter__(self) -> Self:
         # Only the main thread may set handlers; elsewhere signals keep their meaning.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,6 +29,7 @@ CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "config.json", "metrics.jso
 NATS_FILE = "final_nats.npy"  # of each held-out document, float64
 FAILED_FILE = "failed.json"
 _FORMAT = 1
+_FLAGS = {"optimizer.schedule_steps": "steps"}  # fields that have another name there
 _NAMED = 6  # fields, at most, that a message names
 _CONFIG_TYPES = {"version": int, "identity": dict, "environment": dict, "tokenizer_hash": str}
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
@@ -112,14 +113,19 @@ class Run:
                 text = f"{_show(name)} was {_show(there)} and is {_show(now)} now: results may differ in the last bits."
                 console.print(text, style="yellow", markup=False)
 
-    def adopt(self, tokenizer: Tokenizer) -> None:
-        """Writes what was accepted to be another than it was."""
+    def accepted(self, tokenizer: Tokenizer) -> list[str]:
+        """What is another than it was, and was accepted to be."""
         stored = read_config(self.path)
-        accepted = [name for name in ("corpus", "tokenizer") if stored["identity"].get(name) != self.identity.get(name)]
-        if accepted or stored["tokenizer_hash"] != tokenizer.hash:
+        changed = {name: stored["identity"].get(name) != self.identity.get(name) for name in ("corpus", "tokenizer")}
+        changed["tokenizer"] |= stored["tokenizer_hash"] != tokenizer.hash
+        return [name for name, different in changed.items() if different]
+
+    def adopt(self, tokenizer: Tokenizer) -> None:
+        """Writes what was accepted."""
+        if names := self.accepted(tokenizer):
             tokenizer.save(self.path / "tokenizer")
             self._write_config()
-            console.print(f"Going on with another {' and another '.join(accepted or ['tokenizer'])}.", style="yellow")
+            console.print(f"Going on with another {' and another '.join(names)}.", style="yellow")
 
     def check_description(self, found: dict[str, Any], step: int) -> None:
         """Raises InputError if a checkpoint has the description of another run, from which it was copied."""
@@ -131,7 +137,7 @@ class Run:
         parts = {part: there for part, there in found.items() if isinstance(there, dict)}
         found = {**found, **{part: {**self._defaults.get(part, {}), **there} for part, there in parts.items()}}
         differing = [
-            (name, f"{_show(name)} ({_show(there)} there, {_show(asked)} asked for)")
+            (name, f"{_show(_FLAGS.get(name, name))} ({_show(there)} there, {_show(asked)} asked for)")
             for name, there, asked in _differences(found, self.identity)
             if name.split(".")[0] not in self._accept
         ]
@@ -156,7 +162,7 @@ class Run:
 
     def _override(self, names: set[str]) -> str:
         flags = " ".join(sorted({*names, *self._accept}))
-        return f", or go on with what is there now by --accept {flags}" if self._choice else ""
+        return f", or go on with the other one by --accept {flags}" if self._choice else ""
 
     def _write_config(self) -> None:
         write_json(self.path / CONFIG_FILE, {"version": _FORMAT, **self.description})

@@ -48,8 +48,10 @@ class TrainConfig:
     sample_prompt: str = ""  # what they begin with
     checkpoint_every: int = 500  # steps between checkpoints; an evaluation that is the best so far is saved too
     keep_checkpoints: int = 2  # latest ones, beside the best
-    on_fault: Policy = "stop"  # or skip, or rewind: what to do about a step that isn't finite, or jumps
-    spike_factor: float | None = None  # a loss over so many times the mean of the last 100 is a jump
+    # What to do about a step that isn't finite, or jumps: stop the run, skip the step, or rewind to the last checkpoint
+    # and then pass over the step.
+    on_fault: Policy = "stop"
+    spike_factor: float | None = None  # a loss over so many times the mean of the last 100, of 20 at least, is a jump
     compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and their updates are float32
     attention: Implementation | None = None  # reference, blocks or cudnn; None takes the best that the device has
 
@@ -281,7 +283,7 @@ def open_run(
     """
     identity = run_identity(fingerprint, tokenizer_settings, model, config)
     if warm_start is not None:
-        identity["warm_start"] = warm_start
+        identity["warm_start"] = os.path.normpath(warm_start)
     defaults = {
         part: {setting.name: setting.default for setting in fields(settings) if setting.default is not MISSING}
         for part, settings in (("model", ModelConfig), ("optimizer", OptimizerConfig))
@@ -308,7 +310,9 @@ def load_warm_start(
         if there.get(name) != asked.get(name)
     ]
     if differing:
-        raise InputError(f"{path} can't be begun from, since it differs in {', '.join(differing)}; ask for the same.")
+        raise InputError(
+            f"{path} is no warm start for this run, since it differs in {', '.join(differing)}; ask for the same."
+        )
     return tokenizer, params
 
 

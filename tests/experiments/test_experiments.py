@@ -65,7 +65,9 @@ def test_char_lm_begins_from_the_weights_of_another_run(
     assert load_tokenizer("b/tokenizer").vocab_size == 80
     with pytest.raises(InputError, match="There is no run in a"):
         run("--workdir", "c", "--vocab-size", "80", "--steps", "10", "--warm-start", "a")
-    with pytest.raises(InputError, match=r"b can't be begun from, since it differs in vocab_size \(80 there, 70 asked"):
+    with pytest.raises(
+        InputError, match=r"b is no warm start for this run, since it differs in vocab_size \(80 there, 70 asked"
+    ):
         run("--workdir", "c", "--vocab-size", "70", "--steps", "10", "--warm-start", "b")
     assert not Path("c").exists()
 
