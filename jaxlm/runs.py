@@ -255,10 +255,9 @@ class Run:
             raise InputError(
                 f"Another process ({holder}) is training {self.path}; wait for it, or choose another --workdir."
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
         self._lock = file
+        file.truncate(0)
+        _append(self.path / LOCK_FILE, f"process {os.getpid()} on {platform.node()}\n")
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

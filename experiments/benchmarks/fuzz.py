@@ -142,7 +142,7 @@ def start(area: str, examples: int, seed: int, log: Path, output: Any, memory_gb
             *(f"--hypothesis-seed={seed}", "-k", f"test_{area}", "tests/test_fuzz.py"),
         ],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "JAXLM_FUZZ_EXAMPLES": str(examples), "JAXLM_FUZZ_LOG": str(log)},
+        env={**os.environ, "PYTEST_ADDOPTS": "", "JAXLM_FUZZ_EXAMPLES": str(examples), "JAXLM_FUZZ_LOG": str(log)},
         stdout=output,
         stderr=subprocess.STDOUT,
     )

@@ -126,7 +126,7 @@ def test_a_failed_arm_is_shown_with_its_reason_and_does_not_stop_the_others(
         states = train_together(runs, *arguments)  # type: ignore[arg-type]
         for index, run in enumerate(runs):
             if run.path.name == "seed-1" and "char" in str(run.path):
-                run.fail("The run diverged at step 7.")
+                run.fail("The run diverged at step 7.", TrainConfig().fault_policy)
                 states[index] = RunFailed("The run diverged at step 7.")
         return states
 
