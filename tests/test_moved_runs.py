@@ -206,7 +206,7 @@ def test_a_run_goes_on_with_more_devices_and_with_divided_parameters_and_back(tm
     moved_end = train_until(moved, CONFIG)
     assert losses(moved) == pytest.approx(expected, rel=1e-4)
     assert json.loads((moved / "divided.json").read_bytes()) == pytest.approx(
-        [expected["11"], expected["12"]], rel=1e-5
+        [expected["11"], expected["12"]], rel=1e-4
     )
 
     _, _, data = prepare(straight)
