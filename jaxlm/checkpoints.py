@@ -33,7 +33,7 @@ _FORMAT = 1
 
 
 class BrokenCheckpoint(Exception):
-    """A checkpoint can't be read, and has been set aside. The message is one sentence."""
+    """A checkpoint can't be read, and is no longer among those there are. The message is one sentence."""
 
 
 class SaveFailed(Exception):
@@ -41,15 +41,16 @@ class SaveFailed(Exception):
 
 
 class _Changed(Exception):
-    """An array that can be read, and is another one."""
+    """Something that can be read, and isn't what was saved."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint is a pytree of arrays and a JSON-able record beside it, with a checksum of each array. It appears under
-    its step only when it is whole. The latest `keep` are kept, and the one with the lowest bits per byte. One that
-    turns out to be broken is moved to `broken_checkpoints`, beside the directory, never deleted.
+    A checkpoint is a pytree of arrays and a JSON-able record beside it, with checksums of each array and of the record.
+    It appears under its step only when it is whole. The latest `keep` are kept, and the one with the lowest bits per
+    byte. One that turns out to be broken is moved to `broken_checkpoints`, beside the directory, never deleted; with
+    `read_only` it is passed over, and nothing is changed.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, read_only: bool = False) -> None:

@@ -58,7 +58,7 @@ def train(
         a run that has more steps already, or another process that trains it.
       RunFailed: a step was at fault, and the policy is to stop, or ten were in a row; the held-out loss isn't finite;
         or writing failed.
-      RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
+      RunInterrupted: SIGINT, SIGTERM or SIGHUP came; the step was finished and saved.
     """
     (state,) = train_together([run], tokenizer, data, model, [config], TerminalReporter(), initial_params)
     if isinstance(state, RunFailed):

@@ -173,8 +173,6 @@ class Run:
             path = self.path / name
             if path.exists():
                 os.truncate(path, min(path.stat().st_size, log_sizes.get(name, 0)))
-        if log_sizes.get(METRICS_FILE) and not read_metrics(self.path):
-            raise InputError(f"{self.path / METRICS_FILE} is damaged; restore it, or choose another --workdir.")
         (self.path / FAILED_FILE).unlink(missing_ok=True)
         if self._board is not None:
             self._board.close()
@@ -201,9 +199,10 @@ class Run:
             self.close()
 
     def check_logs(self, log_sizes: dict[str, int]) -> None:
-        """Raises InputError for a damaged line in the part of the metrics that a checkpoint needs."""
-        if (self.path / METRICS_FILE).exists():
-            _metrics(self.path / METRICS_FILE, log_sizes.get(METRICS_FILE, 0))
+        """Raises InputError if the part of the metrics that a checkpoint needs is gone or damaged."""
+        file, size = self.path / METRICS_FILE, log_sizes.get(METRICS_FILE, 0)
+        if size and not (file.exists() and _metrics(file, size)):
+            raise InputError(f"{file} is damaged; restore it, or choose another --workdir.")
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes of each log, to be kept with a checkpoint. What TensorBoard holds back is written."""
