@@ -296,7 +296,7 @@ class BPETokenizer(Tokenizer):
     # ---- decoding
 
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
-        from jaxlm.tokenizers.bpe_encode import decode_ids
+        from jaxlm.tokenizers.bpe_decode import decode_ids
 
         array = np.require(self._as_ids(ids), np.int32, ["C", "W"])
         found = decode_ids(array, self._token_starts, self._token_arena)

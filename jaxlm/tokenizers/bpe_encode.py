@@ -1,4 +1,4 @@
-"""Step 4 of the BPE engine: chunks to ids, and ids to bytes.
+"""Step 4 of the BPE engine: chunks to ids.
 
 In here symbols are numbered in the order of their merges: the bytes 0 to 255, then 256 + i for merge i. So the pair to
 merge first is the one whose result is lowest. Real ids come in where an encoded chunk is written down.
@@ -24,9 +24,7 @@ from jaxlm.tokenizers.bpe_kernels import (
     find_slot,
     inlined,
     kernel,
-    load8,
     replace_pair,
-    store8,
 )
 from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks
 
@@ -111,16 +109,6 @@ def encode_chunks(
     out.resize(int(progress[1]), refcheck=False)
     room.release()
     return out, offsets
-
-
-def decode_ids(ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], tokens: npt.NDArray[np.uint8]) -> bytes | int:
-    """The bytes of ids, or the first index of an id that stands for nothing."""
-    size = decoded_size(ids, starts)
-    if size < 0:
-        return -1 - size
-    out = np.empty(size + 8, np.uint8)
-    decode(ids, starts, tokens, out)
-    return out[:size].tobytes()
 
 
 @kernel
@@ -379,33 +367,3 @@ def _lowest_waiting(lists, waiting):
         i = child
     lists[_WAITING, i] = last
     return lowest, waiting
-
-
-# ---- decoding
-
-
-@kernel
-def decoded_size(ids, starts):
-    """The bytes that ids decode to, or -1 - i if ids[i] stands for nothing. Token i has the bytes starts[i:i+2]."""
-    total = 0
-    for index in range(len(ids)):
-        token = ids[index]
-        if token < 0 or token >= len(starts) - 1 or starts[token] == starts[token + 1]:
-            return -1 - index
-        total += starts[token + 1] - starts[token]
-    return total
-
-
-@kernel
-def decode(ids, starts, tokens, out):
-    """Writes the bytes of ids, eight at a time: both arrays have eight bytes more than are used."""
-    at = 0
-    for index in range(len(ids)):
-        token = ids[index]
-        begin = starts[token]
-        size = starts[token + 1] - begin
-        store8(out, at, load8(tokens, begin))
-        for k in range(8, size, 8):
-            store8(out, at + k, load8(tokens, begin + k))
-        at += size
-    return at

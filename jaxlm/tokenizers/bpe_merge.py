@@ -35,18 +35,28 @@ from jaxlm.tokenizers.bpe_kernels import (
     prefetch,
     replace_pair,
 )
+from jaxlm.tokenizers.bpe_queue import (
+    BOUND,
+    BUCKET,
+    BUCKETS,
+    HEAP,
+    LENGTH,
+    LIST,
+    MERGES,
+    NEXT,
+    PAIR,
+    PAIRS,
+    PLACES,
+    drop_into_bucket,
+    enqueue,
+    pop,
+    push,
+)
 
 _U = np.uint64
 Array64 = npt.NDArray[np.int64]
 Array32 = npt.NDArray[np.int32]
 
-# Columns of the table of pairs: an upper bound of the count, left << 32 | right, where its list of places begins in the
-# array of all lists, how long it is, and the next pair of the same bucket.
-BOUND, PAIR, LIST, LENGTH, NEXT = range(5)
-# The counters of a training: pairs, places in all lists, pairs in the heap, bucket of the heap, merges.
-PAIRS, PLACES, HEAP, BUCKET, MERGES = range(5)
-# Buckets of counts: up to 1,023 one each, above 512 to an octave.
-_BUCKETS = 1024 + 54 * 512
 _SHARE_BITS = 18  # a thread of its own pays for a share of so many bytes
 _LOW = (1 << 32) - 1
 
@@ -71,11 +81,11 @@ def learn(
     num_merges = min(num_merges, size)  # each leaves a symbol less
     # No more than twice the places can be listed anew. What isn't written to takes no memory.
     places = np.empty(3 * size + 1, np.int32)
-    pairs = np.empty((1 << 17, 5), np.int64)
+    pairs = np.empty((max(1 << 17, size // 4), 5), np.int64)  # enough for natural text
     heap = np.empty((len(pairs), 3), np.int64)
-    buckets = np.full(_BUCKETS, -1, np.int64)
+    buckets = np.full(BUCKETS, -1, np.int64)
     state = np.zeros(5, np.int64)
-    state[BUCKET] = _BUCKETS
+    state[BUCKET] = BUCKETS
     symbols, amounts, byte_counts = _list_byte_pairs(counts, places, pairs, buckets, state, num_threads)
 
     num_ids = 256 + num_merges
@@ -223,7 +233,7 @@ def enter_byte_pairs(byte_counts, share_ends, pairs, buckets, state):
         if place > state[PLACES]:
             key = np.int64(pair >> 8) << 32 | pair & 0xFF
             _enter_pair(pairs, state, key, byte_counts[pair], place - state[PLACES])
-            _drop_into_bucket(pairs, buckets, state[PAIRS] - 1)
+            drop_into_bucket(pairs, buckets, state[PAIRS] - 1)
 
 
 @kernel
@@ -251,13 +261,13 @@ def merge(
             buckets[state[BUCKET]] = -1
             while pair >= 0:
                 prefetch(places, pairs[pair, LIST])
-                _push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
+                push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
                 pair = pairs[pair, NEXT]
             continue
         pair = heap[0, 2]
         if state[PAIRS] + 2 * min(pairs[pair, LENGTH], 256 + state[MERGES]) > len(pairs):
             return True
-        _pop(heap, state)
+        pop(heap, state)
         for index in range(min(3, state[HEAP])):  # among them those that come next
             _prefetch_place(symbols, amounts, places[pairs[heap[index, 2], LIST]])
         left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _LOW
@@ -268,7 +278,7 @@ def merge(
         if true_count < pairs[pair, BOUND]:
             pairs[pair, BOUND] = true_count
             if true_count:
-                _enqueue(pairs, heap, buckets, state, pair)
+                enqueue(pairs, heap, buckets, state, pair)
             continue
         new = 256 + state[MERGES]
         merges[state[MERGES], 0] = left
@@ -337,7 +347,7 @@ def _list_new_pairs(
             byte_counts[first << 8 | second] -= beside[neighbour, column + 1]
         key = new << 32 | neighbour if column else neighbour << 32 | new
         _enter_pair(pairs, state, key, beside[neighbour, column + 1], beside[neighbour, column])
-        _enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
+        enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
         beside[neighbour, column] = pairs[state[PAIRS] - 1, LIST]
     for index in range(end - begin):
         for side in range(2):
@@ -367,72 +377,3 @@ def _enter_pair(pairs, state, key, pair_count, num_places):
     pairs[row, LENGTH] = num_places
     state[PAIRS] += 1
     state[PLACES] += num_places
-
-
-# ---- the priority queue: buckets by count, and a heap of the highest bucket that isn't empty
-
-
-@kernel
-def _bucket(pair_count):
-    """A number that doesn't fall as the count rises: the count to 1,023, then its highest ten bits and their place."""
-    octave = 0
-    while pair_count >= 1024:
-        pair_count >>= 1
-        octave += 1
-    return pair_count + 512 * octave
-
-
-@kernel
-def _drop_into_bucket(pairs, buckets, pair):
-    bucket = _bucket(pairs[pair, BOUND])
-    pairs[pair, NEXT] = buckets[bucket]
-    buckets[bucket] = pair
-
-
-@kernel
-def _enqueue(pairs, heap, buckets, state, pair):
-    if _bucket(pairs[pair, BOUND]) >= state[BUCKET]:
-        _push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
-    else:
-        _drop_into_bucket(pairs, buckets, pair)
-
-
-@kernel
-def _push(heap, state, bound, key, pair):
-    """Rows of the heap are (count, left << 32 | right, pair); its top has the highest count, then the lowest ids."""
-    i = state[HEAP]
-    state[HEAP] += 1
-    while i > 0:
-        parent = (i - 1) >> 1
-        if heap[parent, 0] > bound or (heap[parent, 0] == bound and heap[parent, 1] < key):
-            break
-        for column in range(3):
-            heap[i, column] = heap[parent, column]
-        i = parent
-    heap[i, 0] = bound
-    heap[i, 1] = key
-    heap[i, 2] = pair
-
-
-@kernel
-def _pop(heap, state):
-    state[HEAP] -= 1
-    last = state[HEAP]
-    bound, key = heap[last, 0], heap[last, 1]
-    i = 0
-    while True:
-        child = 2 * i + 1
-        if child >= last:
-            break
-        if child + 1 < last and (
-            heap[child + 1, 0] > heap[child, 0]
-            or (heap[child + 1, 0] == heap[child, 0] and heap[child + 1, 1] < heap[child, 1])
-        ):
-            child += 1
-        if bound > heap[child, 0] or (bound == heap[child, 0] and key < heap[child, 1]):
-            break
-        for column in range(3):
-            heap[i, column] = heap[child, column]
-        i = child
-    for column in range(3):
-        heap[i, column] = heap[last, column]

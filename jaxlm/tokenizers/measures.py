@@ -327,7 +327,7 @@ def _words(code_points: npt.NDArray[np.uint32], text_ends: Places) -> tuple[Plac
 @cache
 def _letters() -> Marks:
     """Whether each code point is a letter or a mark."""
-    from jaxlm.tokenizers.bpe_split import LETTER, LOWER, MARK, UPPER, character_classes  # they bring numba
+    from jaxlm.tokenizers.bpe_scan import LETTER, LOWER, MARK, UPPER, character_classes  # they bring numba
 
     return (character_classes() & (UPPER | LOWER | LETTER | MARK)) > 0
 

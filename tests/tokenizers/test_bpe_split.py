@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jaxlm.tokenizers import BPETokenizer, InputError, bpe, bpe_reference
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
-from jaxlm.tokenizers.bpe_split import (
+from jaxlm.tokenizers.bpe_scan import (
     LETTER,
     LOWER,
     MARK,
@@ -25,9 +25,9 @@ from jaxlm.tokenizers.bpe_split import (
     OTHER,
     SPACE,
     UPPER,
-    Splitter,
     character_classes,
 )
+from jaxlm.tokenizers.bpe_split import Splitter
 
 SPLITS = ["gpt2", "gpt4", "o200k"]
 BYTES = {bytes([byte]): byte for byte in range(256)}
