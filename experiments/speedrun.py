@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import grain
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.table import Table
 
 from experiments.command_line import check_seeds, program
@@ -36,15 +36,19 @@ from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenStream, survey_corpus, train_documents
 from jaxlm.evaluation import evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, forward
-from jaxlm.parallel import batch_sharding, data_mesh, one_at_a_time, replicated, use_cores
+from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step
 
-SHORT = TrainConfig(steps=600, batch_size=8, optimizer=replace(MODERN_OPTIMIZER, muon_learning_rate=0.01))
+OPTIMIZER = replace(MODERN_OPTIMIZER, muon_learning_rate=0.01, muon_iterations=3)
+SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER)
 MIDDLE = replace(SHORT, steps=1_500)
-LONG = TrainConfig(steps=5_000, batch_size=16, optimizer=MODERN_OPTIMIZER)
+LONG = replace(SHORT, steps=10_000)
+LONG_MODEL = replace(MODERN_MODEL, num_layers=3, width=112, feed_forward_width=256)
+LONG_BPE_MODEL = replace(MODERN_BPE_MODEL, num_layers=3, width=112, feed_forward_width=288)
+STEPS_AT_ONCE = 10  # in one program, since to start a program takes as long as a tenth of such a step
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ class Config:
 PRESETS = {
     "short": Config(),
     "middle": Config(preset="middle", training=MIDDLE),
-    "long": Config(preset="long", training=LONG),
+    "long": Config(preset="long", model=LONG_MODEL, training=LONG),
     "bpe-short": Config(preset="bpe-short", tokenizer="bpe", model=MODERN_BPE_MODEL),
     "bpe-middle": Config(preset="bpe-middle", tokenizer="bpe", model=MODERN_BPE_MODEL, training=MIDDLE),
-    "bpe-long": Config(preset="bpe-long", tokenizer="bpe", model=MODERN_BPE_MODEL, training=LONG),
+    "bpe-long": Config(preset="bpe-long", tokenizer="bpe", model=LONG_BPE_MODEL, training=LONG),
 }
 
 
@@ -152,22 +156,25 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
     batch_tokens = training.batch_size * config.model.context
     mesh = data_mesh(training.batch_size)
     state = jax.jit(partial(init_state, config.model, training), out_shardings=replicated(mesh))()
-    step = jax.jit(make_train_step(config.model, training, mesh), donate_argnums=0)
+    step = make_train_step(config.model, training, mesh)
+    several = jax.jit(lambda state, batches: jax.lax.scan(lambda *given: (step(*given)[0], None), state, batches)[0])
+    divided = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
     seconds = compilation = 0.0
     first_steps = round(config.first_share * training.steps)
     for context, steps in ((config.first_context, first_steps), (config.model.context, training.steps - first_steps)):
         if not steps:
             continue
+        at_once = max(number for number in range(1, STEPS_AT_ONCE + 1) if steps % number == 0)
         batches = make_batches(train, context=context, batch_size=batch_tokens // context, seed=seed * 1_000 + context)
+        windows = [batches[index] for index in range(at_once)]
         started = time.perf_counter()
-        compiled = step.lower(state, jax.device_put(batches[0], batch_sharding(mesh))).compile()
+        compiled = several.lower(state, jax.device_put(np.stack(windows), divided)).compile()
         compilation += time.perf_counter() - started
         started = time.perf_counter()
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        for batch in batches[:steps].to_iter_dataset(options):
-            state, _ = compiled(state, jax.device_put(batch, batch_sharding(mesh)))
-            one_at_a_time(mesh, state)
-        jax.block_until_ready(state)
+        for done in range(at_once, steps + at_once, at_once):
+            updated = compiled(state, jax.device_put(np.stack(windows), divided))
+            windows = [batches[index] for index in range(done, done + at_once)]  # the next ones, meanwhile
+            state = jax.block_until_ready(updated)
         seconds += time.perf_counter() - started
     return state.params, seconds, compilation, training.steps * batch_tokens
 

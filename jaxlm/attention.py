@@ -266,6 +266,7 @@ def _attend_rows_backward(blocks: _Blocks, saved: tuple[Any, ...], d_out_RTK: ja
             dk_RSK = _product("rsq,rqk->rsk", d_scores_RSQ, q_RQK)
             dv_RSK = _product("rsq,rqk->rsk", dropped_RSQ.astype(v_RTK.dtype), d_out_RQK)
             dq_RKQ = _product("rks,rsq->rkq", k_RKT[:, :, keys], d_scores_RSQ).astype(q_RTK.dtype)
+            dq_RKQ = jax.lax.optimization_barrier(dq_RKQ)  # or XLA would turn the product around, to a slower one
             return (carry[0] + dk_RSK, carry[1] + dv_RSK), dq_RKQ.swapaxes(1, 2)
 
         (dk_RSK, dv_RSK), dq_RQK = blocks.scan(

@@ -251,7 +251,20 @@ def _linear(config: ModelConfig, features: int, name: str, *, biases: bool = Tru
     kernel_init = nn.initializers.normal(0.02)
     if config.zero_outputs:
         kernel_init = nn.initializers.zeros if is_output else nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    return nn.Dense(features, use_bias=biases and config.biases, kernel_init=kernel_init, name=name)
+    return nn.Dense(
+        features, use_bias=biases and config.biases, kernel_init=kernel_init, name=name, dot_general=_product
+    )
+
+
+def _product(x_NI: jax.Array, kernel_IO: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """x kernel. On a CPU, the transpose of a kernel that is higher than wide is laid out first.
+
+    That takes a moment, and the gradient of what is wide takes XLA 40 % less time than that of what is high.
+    """
+    if jax.default_backend() != "cpu" or kernel_IO.shape[0] <= kernel_IO.shape[1]:
+        return x_NI @ kernel_IO
+    kernel_OI = jax.lax.optimization_barrier(kernel_IO.T)  # or XLA would see through it
+    return jax.lax.dot_general(x_NI, kernel_OI, (((1,), (1,)), ((), ())))
 
 
 def _norm(config: ModelConfig, name: str) -> nn.Module:

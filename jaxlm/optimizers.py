@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -31,6 +32,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     momentum: float = 0.95  # of Muon
+    muon_iterations: int = 5  # of Newton and Schulz, see `orthogonalize`
     weight_decay: float = 0.01  # times the learning rate, as in AdamW
     decay: Literal["all", "matrices"] = "all"  # what the weight decay acts on
     clip_norm: float | None = None  # gradients of a larger global norm are scaled down to it
@@ -49,6 +51,10 @@ class OptimizerConfig:
                 )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise InputError(f"The number of warm-up steps is at least 0, not {self.warmup_steps}.")
+        if not 1 <= self.muon_iterations <= _MOST_ITERATIONS:
+            raise InputError(
+                f"The number of Muon's iterations is from 1 to {_MOST_ITERATIONS}, not {self.muon_iterations}."
+            )
         if not 0.0 < self.decay_share <= 1.0:
             raise InputError(f"The decay share is above 0 and at most 1, not {self.decay_share}.")
         for name in ("beta1", "beta2", "momentum"):
@@ -59,6 +65,8 @@ class OptimizerConfig:
         if self.clip_norm is not None and not 0 < self.clip_norm <= LARGEST_FLOAT:
             raise InputError(f"The clipping norm is a positive float32 number, not {self.clip_norm}.")
 
+
+_MOST_ITERATIONS = 20  # many more than bring anything nearer to 1
 
 _CHOICES = {
     "name": ("adamw", "muon"),
@@ -106,7 +114,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, mesh: Mesh | None = 
     if config.name == "muon":
         muon = optax.chain(
             optax.trace(config.momentum, nesterov=True),
-            optax.stateless(lambda updates, _: orthogonalize(updates, mesh)),
+            optax.stateless(lambda updates, _: orthogonalize(updates, mesh, config.muon_iterations)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps, peak=config.muon_learning_rate)),
         )
@@ -116,19 +124,21 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, mesh: Mesh | None = 
     )
 
 
-def orthogonalize(updates: Any, mesh: Mesh | None = None) -> Any:
+def orthogonalize(updates: Any, mesh: Mesh | None = None, iterations: int = 5) -> Any:
     """Each matrix with its singular values brought near 1, times 0.2 sqrt(its longer side), for an RMS near 0.2.
 
-    Five Newton-Schulz iterations with the coefficients of Jordan (2024); the scale is that of Liu et al. (2025). The
-    matrices of one shape go through them together, divided among the devices of the mesh, which is faster than one by
-    one on each device. An axis before the last two numbers the matrices of a leaf.
+    Newton-Schulz iterations with the coefficients of Jordan (2024), who takes five; the scale is that of Liu et al.
+    (2025). The matrices of one shape go through them together, divided among the devices of the mesh, which is faster
+    than one by one on each device. An axis before the last two numbers the matrices of a leaf.
     """
     leaves, structure = jax.tree.flatten(updates)
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, leaf in enumerate(leaves):
         by_shape.setdefault(tuple(sorted(leaf.shape[-2:])), []).append(index)
     stacks = [jnp.concatenate([_wide(leaves[index]) for index in indices]) for indices in by_shape.values()]
-    for indices, stack in zip(by_shape.values(), share_among(mesh, _newton_schulz, stacks), strict=True):
+    for indices, stack in zip(
+        by_shape.values(), share_among(mesh, partial(_newton_schulz, iterations=iterations), stacks), strict=True
+    ):
         for index in indices:
             leaf = leaves[index]
             count = math.prod(leaf.shape[:-2])
@@ -144,10 +154,10 @@ def _wide(leaf: jax.Array) -> jax.Array:
     return matrices if leaf.shape[-2] <= leaf.shape[-1] else matrices.swapaxes(-1, -2)
 
 
-def _newton_schulz(x: jax.Array) -> jax.Array:
+def _newton_schulz(x: jax.Array, iterations: int) -> jax.Array:
     """x of shape (matrices, m, n), m <= n."""
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
-    for _ in range(5):
+    for _ in range(iterations):
         gram = x @ x.swapaxes(-1, -2)
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x

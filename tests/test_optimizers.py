@@ -129,11 +129,11 @@ def test_unknown_names_are_refused() -> None:
 # ---- Muon
 
 
-def muon_by_hand(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def muon_by_hand(matrix: npt.NDArray[np.float64], iterations: int = 5) -> npt.NDArray[np.float64]:
     """Jordan 2024, with the scale of Liu et al. 2025, one matrix at a time in float64."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / np.linalg.norm(matrix)
-    for _ in range(5):
+    for _ in range(iterations):
         a = x @ x.T
         x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
     return 0.2 * math.sqrt(max(matrix.shape)) * (x.T if tall else x)
@@ -161,9 +161,16 @@ def test_matrices_are_orthogonalized_each_by_itself() -> None:
             assert (np.abs(singular - 1) < 0.4).all()
 
 
-def test_muon_acts_on_the_matrices_of_blocks_and_adamw_on_all_else() -> None:
+@pytest.mark.parametrize("iterations", [5, 2])
+def test_muon_acts_on_the_matrices_of_blocks_and_adamw_on_all_else(iterations: int) -> None:
     config = OptimizerConfig(
-        name="muon", learning_rate=0.05, muon_learning_rate=0.3, momentum=0.9, weight_decay=0.1, warmup_steps=2
+        muon_iterations=iterations,
+        name="muon",
+        learning_rate=0.05,
+        muon_learning_rate=0.3,
+        momentum=0.9,
+        weight_decay=0.1,
+        warmup_steps=2,
     )
     params, gradients = block_tree(0), [block_tree(1 + step) for step in range(3)]
     optimizer = make_optimizer(config, STEPS)
@@ -185,7 +192,7 @@ def test_muon_acts_on_the_matrices_of_blocks_and_adamw_on_all_else() -> None:
             g = gradient["block_0"][name]["kernel"].astype(np.float64)
             momentum = 0.9 * momentum + g
             rate = 0.3 * min(1.0, (step + 1) / 2)
-            x = x - rate * (muon_by_hand(g + 0.9 * momentum) + 0.1 * x)
+            x = x - rate * (muon_by_hand(g + 0.9 * momentum, iterations) + 0.1 * x)
         np.testing.assert_allclose(found["block_0"][name]["kernel"], x, atol=2e-4, err_msg=name)
 
 
@@ -342,6 +349,7 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
         ("learning_rate", (0.0, -1e-3, *NOT_FINITE), "learning rate is a positive float32 number"),
         ("muon_learning_rate", (0.0, -1e-3, *NOT_FINITE), "muon learning rate is a positive float32 number"),
         ("momentum", (-0.1, 1.0, *NOT_FINITE), "momentum is from 0 to below 1"),
+        ("muon_iterations", (0, -1, 21), "iterations is from 1 to 20"),
         ("decay_share", (0.0, 1.1, *NOT_FINITE), "decay share is above 0 and at most 1"),
         ("warmup_steps", (-1,), "warm-up steps is at least 0"),
         ("beta1", (-0.1, 1.0, *NOT_FINITE), "beta1 is from 0 to below 1"),

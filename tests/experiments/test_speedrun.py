@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.speedrun import PRESETS, in_windows, run
+from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenStream
 from jaxlm.model import ModelConfig, count_parameters, forward, init
 from jaxlm.tokenizers.base import InputError
+from jaxlm.training import init_state, make_train_step
 
 TINY = ModelConfig(vocab_size=11, context=8, width=8, num_heads=2, feed_forward_width=8, dropout=0.0)
 
@@ -66,3 +69,19 @@ def test_the_models_have_no_more_parameters_than_the_seed(name: str, most: int) 
 def test_a_first_context_that_does_not_divide_the_other_is_refused() -> None:
     with pytest.raises(InputError, match="first context divides 256; 100 does not"):
         replace(PRESETS["short"], first_context=100)
+
+
+def test_several_steps_of_one_program_are_those_steps_one_after_the_other() -> None:
+    optimizer = replace(PRESETS["short"].training.optimizer, warmup_steps=2)
+    training = replace(PRESETS["short"].training, steps=28, batch_size=2, optimizer=optimizer, seed=3)
+    config = replace(PRESETS["short"], model=TINY, training=training, first_context=4)
+    stream = stream_of([400])
+    found, *_ = run(config, stream, seed=3)
+    state = init_state(TINY, training)
+    step = jax.jit(make_train_step(TINY, training))
+    for context in (4, 8):
+        batches = make_batches(stream, context=context, batch_size=16 // context, seed=3_000 + context)
+        for index in range(14):
+            state, _ = step(state, batches[index])
+    assert int(state.step) == 28
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, state.params)
