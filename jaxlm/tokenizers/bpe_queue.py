@@ -25,6 +25,7 @@ def bucket_of(pair_count):
 
 @kernel
 def drop_into_bucket(pairs, buckets, pair):
+    """Puts a pair in front of those of its bucket, which are a linked list."""
     bucket = bucket_of(pairs[pair, BOUND])
     pairs[pair, NEXT] = buckets[bucket]
     buckets[bucket] = pair
@@ -32,6 +33,7 @@ def drop_into_bucket(pairs, buckets, pair):
 
 @kernel
 def enqueue(pairs, heap, buckets, state, pair):
+    """A pair goes into the heap, or into its bucket if that hasn't been opened yet."""
     if bucket_of(pairs[pair, BOUND]) >= state[BUCKET]:
         push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
     else:
@@ -57,6 +59,7 @@ def push(heap, state, bound, key, pair):
 
 @kernel
 def pop(heap, state):
+    """Removes the top of the heap, `heap[0]`."""
     state[HEAP] -= 1
     last = state[HEAP]
     bound, key = heap[last, 0], heap[last, 1]
