@@ -39,7 +39,7 @@ def program(module: str, presets: Mapping[str, Config], main: Callable[[Config],
             stream.reconfigure(errors="backslashreplace")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start finds its programs compiled
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a start runs some hundred small ones
     command = shlex.join(["python", "-m", module, *arguments])
     try:
         main(parse(arguments, presets, f"python -m {module}"))

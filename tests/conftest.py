@@ -19,11 +19,14 @@ settings.load_profile("jaxlm")
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Programs that several tests compile are compiled once; subprocesses find them through the environment."""
-    folder = str(tmp_path_factory.mktemp("xla"))
+    """Programs that several tests compile are compiled once; other workers and subprocesses find them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = str(shared / "xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["NUMBA_CACHE_DIR"] = str(tmp_path_factory.mktemp("numba"))
+    os.environ["NUMBA_CACHE_DIR"] = str(shared / "numba")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.devices()  # JAX starts with one device; an experiment would let it have one for each core

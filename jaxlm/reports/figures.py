@@ -6,11 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no window, no display needed
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,7 +17,8 @@ _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
 def learning_curve(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Training loss, and held-out bits per byte with its standard error, against source bytes seen."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     losses = [line for line in metrics if line.get("train/loss") is not None]
     left.plot(
         [line["bytes"] / 1e6 for line in losses], [line["train/loss"] for line in losses], color=_COLOURS[0], lw=0.8
@@ -41,7 +37,8 @@ def tokenizer_figure(
     path: Path,
 ) -> None:
     """Above: bytes per token against vocabulary size; below: one sentence in coloured tokens under each tokenizer."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained", height_ratios=(1.6, 1))
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(1.6, 1))
     for index, (name, (sizes, ratios)) in enumerate(curves.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         marker = "o" if len(sizes) < 3 else None
@@ -90,4 +87,3 @@ def _label(axis: Axes, x: str, y: str) -> None:
 def _save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140)
-    plt.close(figure)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from jaxlm.reports import figures
 
@@ -24,7 +26,13 @@ METRICS = [
 def axes(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
     """The axes of the figure that was drawn last."""
     drawn: list[Axes] = []
-    monkeypatch.setattr(plt, "close", lambda figure: drawn.extend(figure.axes))
+    save = Figure.savefig
+
+    def remember(figure: Figure, *arguments: Any, **options: Any) -> None:
+        drawn[:] = figure.axes
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
     return drawn
 
 
