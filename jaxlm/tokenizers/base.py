@@ -303,6 +303,20 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
+def blocks_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Texts together, as many as have `size` characters."""
+    block: list[str] = []
+    characters = 0
+    for text in texts:
+        block.append(text)
+        characters += len(text) + 1  # empty ones count, too
+        if characters >= size:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
 def check_allowed_special(allowed_special: AllowedSpecial) -> None:
     """Raises InputError for what is neither "all" nor "none" nor a collection of names."""
     words = ("all", "none")

@@ -29,6 +29,7 @@ from jaxlm.tokenizers.base import (
     IdArray,
     InputError,
     Tokenizer,
+    blocks_of,
     check_allowed_special,
     check_text,
     each_text,
@@ -245,7 +246,7 @@ class BPETokenizer(Tokenizer):
 
     def _encode_all(self, texts: Sequence[str], num_threads: int) -> tuple[IdArray, npt.NDArray[np.int64]]:
         """`_encode_texts` for any number of texts."""
-        parts = _map(self._encode_texts, _blocks(texts), num_threads)
+        parts = _map(self._encode_texts, blocks_of(texts, _BLOCK), num_threads)
         ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)]) if len(parts) != 1 else parts[0][0]
         sizes = [np.diff(offsets) for _, offsets in parts]
         return ids, np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
@@ -560,7 +561,7 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
         for text in each_text(texts):
             yield from splitter.cut([text], _BLOCK)
 
-    _map(count, _blocks(pieces()), num_threads)
+    _map(count, blocks_of(pieces(), _BLOCK), num_threads)
     total = max(idle, key=lambda counts: counts.size[0], default=ChunkCounts())
     for counts in idle:
         if counts is not total:
@@ -586,20 +587,6 @@ def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_
             pool.shutdown(cancel_futures=True)
             raise
     return results
-
-
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts together, as many as make up a block."""
-    block: list[str] = []
-    size = 0
-    for text in texts:
-        block.append(text)
-        size += len(text) + 1
-        if size >= _BLOCK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -10,7 +10,6 @@ so that any text round-trips, and rare characters cost what they cost. All of it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from jaxlm.tokenizers.base import (
     IdArray,
     InputError,
     Tokenizer,
+    blocks_of,
     check_text,
     check_texts,
     special_token_ids,
@@ -67,12 +67,12 @@ class CharTokenizer(Tokenizer):
         Raises:
           InputError: fewer ids than the hexadecimal digits and the two marks need, or more than the text can fill.
         """
-        counts: Counter[str] = Counter()
-        for text in check_texts(texts):
-            counts.update(text)
-        for digit in HEXADECIMAL_DIGITS:
-            counts.setdefault(digit, 0)
-        ranked = sorted(counts, key=lambda character: (-counts[character], character))
+        counts = np.zeros(_CODE_POINTS, np.int64)
+        for block in blocks_of(check_texts(texts), _BLOCK):
+            numbers = np.bincount(_code_points("".join(block)))
+            counts[: len(numbers)] += numbers
+        found = np.union1d(np.flatnonzero(counts), _code_points(HEXADECIMAL_DIGITS))
+        ranked = [chr(point) for point in found[np.argsort(-counts[found], kind="stable")]]
         smallest, largest = len(HEXADECIMAL_DIGITS) + 2, len(ranked) + 2
         if vocab_size is None:
             vocab_size = largest

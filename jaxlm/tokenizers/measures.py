@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -23,7 +23,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.tokenizers.base import IdArray, InputError, Tokenizer, check_texts
+from jaxlm.tokenizers.base import IdArray, InputError, Tokenizer, blocks_of, check_texts
 
 ALPHA = 2.5  # the order of the Rényi entropy that went best with translation quality in Zouhar et al. (2023)
 STEM = 3  # characters that a word has before its suffix, at least
@@ -31,8 +31,8 @@ SUFFIXES = (
     *("ation", "tion", "ment", "aient", "ique", "eur", "euse"),
     *("able", "isme", "iste", "ité", "age", "ance", "ence"),
 )
-_ENDINGS = tuple(sorted({*SUFFIXES, *(f"{suffix}s" for suffix in SUFFIXES if suffix != "aient")}, key=len))
 _BLOCK = 1 << 20  # characters that are measured together
+_ENDINGS = tuple(sorted({*SUFFIXES, *(f"{suffix}s" for suffix in SUFFIXES if suffix != "aient")}, key=len))
 
 Places = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
@@ -180,7 +180,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float]:
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     sums: Counter[str] = Counter()
     chance = 0.0
-    for block in _blocks(texts):
+    for block in blocks_of(check_texts(texts), _BLOCK):
         ids, _ = cast("tuple[IdArray, Places]", tokenizer.encode_batch(block, allowed_special="none", flat=True))
         lengths = tokenizer.byte_lengths(ids)
         counts += np.bincount(ids, minlength=len(counts))
@@ -251,20 +251,6 @@ def _ordinary(tokenizer: Tokenizer) -> dict[int, bytes]:
 
 def _ratio(part: float, whole: int) -> float:
     return part / whole if whole else math.nan
-
-
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts together, as many as make up a block."""
-    block: list[str] = []
-    size = 0
-    for text in check_texts(texts):
-        block.append(text)
-        size += len(text)
-        if size >= _BLOCK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 # ---- words
