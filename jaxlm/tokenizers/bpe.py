@@ -297,22 +297,24 @@ class BPETokenizer(Tokenizer):
     # ---- decoding
 
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
-        from jaxlm.tokenizers.bpe_decode import decode_ids
-
-        array = np.require(self._as_ids(ids), np.int32, ["C", "W"])
-        found = decode_ids(array, self._token_starts, self._token_arena)
-        if isinstance(found, int):
-            self._check_ids(array)
-            raise InputError(f"The id {array[found]} stands for nothing: it lies in a gap of the vocabulary.")
-        return found
+        return self._decode([self._as_ids(ids)])[0].tobytes()
 
     def decode_batch(self, batch: Iterable[Iterable[int] | npt.NDArray[np.integer]]) -> list[str]:
-        arrays = [self._as_ids(ids) for ids in batch]
+        data, ends = self._decode([self._as_ids(ids) for ids in batch])
+        view = data.data
+        return [str(view[start:end], "utf-8", "replace") for start, end in itertools.pairwise([0, *ends.tolist()])]
+
+    def _decode(self, arrays: Sequence[npt.NDArray[np.integer]]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """The bytes of all arrays, and where those of each end."""
+        from jaxlm.tokenizers.bpe_decode import decode_ids
+
         joined = np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32, copy=False)
-        data = self.decode_bytes(joined)
-        places = np.cumsum(self._token_sizes[joined], dtype=np.int64)
-        ends = [int(places[end - 1]) if end else 0 for end in itertools.accumulate(map(len, arrays))]
-        return [data[start:end].decode("utf-8", errors="replace") for start, end in itertools.pairwise([0, *ends])]
+        ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+        found = decode_ids(joined, ends, self._token_starts, self._token_arena)
+        if isinstance(found, int):
+            self._check_ids(joined)
+            raise InputError(f"The id {joined[found]} stands for nothing: it lies in a gap of the vocabulary.")
+        return found
 
     def decode_iter(self, ids: Iterable[int]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -8,26 +8,40 @@ import numpy.typing as npt
 from jaxlm.tokenizers.bpe_kernels import kernel, load8, store8
 
 
-def decode_ids(ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], tokens: npt.NDArray[np.uint8]) -> bytes | int:
-    """The bytes of ids, or the first index of an id that stands for nothing."""
-    size = decoded_size(ids, starts)
-    if size < 0:
-        return -1 - size
+def decode_ids(
+    ids: npt.NDArray[np.int32],
+    ends: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | int:
+    """The bytes of ids, and where the texts whose ids end at `ends` end there; or the index of an id without bytes."""
+    byte_ends = np.zeros(len(ends), np.int64)
+    done = measure(ids, ends, starts, byte_ends)
+    if done < len(ids):
+        return int(done)
+    size = int(byte_ends[-1]) if len(ends) else 0
     out = np.empty(size + 8, np.uint8)
     decode(ids, starts, tokens, out)
-    return out[:size].tobytes()
+    return out[:size], byte_ends
 
 
 @kernel
-def decoded_size(ids, starts):
-    """The bytes that ids decode to, or -1 - i if ids[i] stands for nothing. Token i has the bytes starts[i:i+2]."""
+def measure(ids, ends, starts, byte_ends):
+    """Writes where the bytes of each text end, up to the first id that stands for nothing; returns that one's index.
+
+    Token i has the bytes from starts[i] to starts[i + 1].
+    """
     total = 0
-    for index in range(len(ids)):
-        token = ids[index]
-        if token < 0 or token >= len(starts) - 1 or starts[token] == starts[token + 1]:
-            return -1 - index
-        total += starts[token + 1] - starts[token]
-    return total
+    index = 0
+    for text in range(len(ends)):
+        while index < ends[text]:
+            token = ids[index]
+            if token < 0 or token >= len(starts) - 1 or starts[token] == starts[token + 1]:
+                return index
+            total += starts[token + 1] - starts[token]
+            index += 1
+        byte_ends[text] = total
+    return index
 
 
 @kernel
