@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.tokenizers import END_OF_TEXT, CharTokenizer, InputError
+from jaxlm.tokenizers import END_OF_TEXT, CharTokenizer, InputError, chars
 
 DIGITS = "0123456789abcdef"
 NOTEPAD = CharTokenizer("zyé\n E👩" + DIGITS)  # a vocabulary in which any notation of the tests can be written
@@ -72,6 +72,12 @@ def test_the_vocabulary_is_the_one_of_the_definition(texts: list[str], data: st.
     assert tokenizer.escape_id == vocab_size - 2
     assert tokenizer.end_of_text_id == vocab_size - 1
     assert CharTokenizer.train(iter(texts)).characters == characters_by_definition(texts, reachable)
+
+
+def test_characters_are_counted_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chars, "_BLOCK", 4)
+    texts = ["zzz", "", "éé€", "z😀", "ééé"]
+    assert CharTokenizer.train(texts).characters == characters_by_definition(texts, 22)
 
 
 def test_the_order_by_hand() -> None:
