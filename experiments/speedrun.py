@@ -40,7 +40,7 @@ from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step
+from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step, several_steps
 
 OPTIMIZER = replace(MODERN_OPTIMIZER, muon_learning_rate=0.01, muon_iterations=3)
 SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER)
@@ -156,8 +156,8 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
     batch_tokens = training.batch_size * config.model.context
     mesh = data_mesh(training.batch_size)
     state = jax.jit(partial(init_state, config.model, training), out_shardings=replicated(mesh))()
-    step = make_train_step(config.model, training, mesh)
-    several = jax.jit(lambda state, batches: jax.lax.scan(lambda *given: (step(*given)[0], None), state, batches)[0])
+    steps_at_once = several_steps(make_train_step(config.model, training, mesh))
+    several = jax.jit(lambda state, batches: steps_at_once(state, batches)[0])
     divided = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
     seconds = compilation = 0.0
     first_steps = round(config.first_share * training.steps)

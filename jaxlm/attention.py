@@ -1,4 +1,4 @@
-"""Causal self-attention (Vaswani et al. 2017): one function, two fast implementations, and the plain reference.
+"""Causal self-attention (Vaswani et al. 2017): one function, the plain reference, and what is fast on each device.
 
 Shapes: B batch, T time, H query heads, G key and value heads (each serves H / G query heads), K head width. Inside the
 blockwise one: R = B H rows, Q queries of a block, S keys up to its end.
@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxlm.dropout import keep_mask, row_seeds
+from jaxlm.dropout import keep_mask, row_seeds, weight_index
 from jaxlm.tokenizers.base import InputError
 
-Implementation = Literal["reference", "blocks", "cudnn"]
+Implementation = Literal["reference", "blocks", "cudnn", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
 
 _BLOCK = 64  # queries of a block
@@ -44,12 +44,14 @@ def causal_attention(
       window: how many positions each may look at, itself included; None is all.
       documents_BT: int, the document of each position; none looks into another one.
       dropout_rate, dropout_keys_B: dropout on the attention weights, where there is a random key for each sequence.
-      implementation: "blocks", "cudnn" or "reference"; None takes what `default_implementation` says.
+      implementation: one of IMPLEMENTATIONS; None takes what `default_implementation` says.
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dropout_rate = dropout_rate if dropout_keys_B is not None else 0.0
     check_implementation(implementation, q_BTHK.dtype, dropout_rate)
-    implementation = implementation or default_implementation(q_BTHK.dtype, dropout_rate)
+    if implementation is None:
+        time, width = q_BTHK.shape[1], q_BTHK.shape[3]
+        implementation = default_implementation(q_BTHK.dtype, dropout_rate, time, width, documents_BT is not None)
     if implementation == "cudnn":
         return _cudnn_attention(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT)
     seeds_BH = None
@@ -57,13 +59,23 @@ def causal_attention(
         assert dropout_keys_B is not None
         seeds_BH = row_seeds(dropout_keys_B, q_BTHK.shape[2])
     attend = attention_reference if implementation == "reference" else _blockwise_attention
+    if implementation == "triton":
+        from jaxlm.attention_triton import attention_triton as attend  # pallas takes its time to import
     return attend(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT, dropout_rate, seeds_BH)
 
 
-def default_implementation(dtype: Any, dropout_rate: float) -> Implementation:
-    """cudnn on a GPU with 16-bit inputs and no dropout on attention weights, which it would draw in another way."""
-    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    return "cudnn" if jax.default_backend() == "gpu" and half and not dropout_rate else "blocks"
+def default_implementation(
+    dtype: Any, dropout_rate: float, time: int, head_width: int, has_documents: bool = False
+) -> Implementation:
+    """blocks; but on a GPU cudnn for what it takes, and triton for the rest.
+
+    cudnn takes 16-bit inputs of an even length, with heads up to 128 wide, and no documents. Dropout on attention
+    weights it would draw in another way.
+    """
+    if jax.default_backend() != "gpu":
+        return "blocks"
+    fits = jnp.dtype(dtype).itemsize == 2 and time % 2 == 0 and head_width % 8 == 0 and head_width <= 128
+    return "cudnn" if fits and not dropout_rate and not has_documents else "triton"
 
 
 def attention_reference(
@@ -86,7 +98,7 @@ def attention_reference(
         seen = seen & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     weights_BHTS = jax.nn.softmax(jnp.where(seen, scores_BHTS, _NEVER), axis=-1)
     if seeds_BH is not None:
-        keep = keep_mask(seeds_BH[:, :, None, None], _weight_index(t, s), dropout_rate)
+        keep = keep_mask(seeds_BH[:, :, None, None], weight_index(t, s), dropout_rate)
         weights_BHTS = jnp.where(keep, weights_BHTS / (1.0 - dropout_rate), 0.0)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(v_BTGK.dtype), v_BTHK)
 
@@ -95,11 +107,11 @@ def check_implementation(implementation: Implementation | None, dtype: Any, drop
     """Raises InputError for an attention that doesn't exist, or that this device or these settings don't allow."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise InputError(f"Attention is one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}.")
+    if implementation in ("cudnn", "triton") and jax.default_backend() != "gpu":
+        raise InputError(
+            f"{implementation} attention needs a GPU, and JAX runs on {jax.default_backend()} here; leave it out."
+        )
     if implementation == "cudnn":
-        if jax.default_backend() != "gpu":
-            raise InputError(
-                f"cudnn attention needs a GPU, and JAX runs on {jax.default_backend()} here; leave it out."
-            )
         if dropout_rate:
             raise InputError("cudnn attention takes no dropout on attention weights here; set the dropout to 0.")
         if jnp.dtype(dtype).itemsize != 2:
@@ -115,7 +127,7 @@ def _cudnn_attention(
     documents_BT: jax.Array | None,
 ) -> jax.Array:
     if documents_BT is not None:
-        raise ValueError("cudnn attention takes no documents; use blocks.")
+        raise ValueError("cudnn attention takes no documents; use triton.")
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BTGK,
@@ -125,11 +137,6 @@ def _cudnn_attention(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
-
-
-def _weight_index(query: jax.Array, key: jax.Array) -> jax.Array:
-    """A number for each attention weight of a row, from which its random bits are made."""
-    return query.astype(jnp.uint32) * jnp.uint32(0x10001) + key.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
 
 
 # ---- blockwise: memory grows with T, not with its square, in both directions
@@ -293,4 +300,4 @@ def _seen(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
 def _drop(weights: jax.Array, rate: float, seeds_R: jax.Array | None, query: jax.Array, key: jax.Array) -> jax.Array:
     if seeds_R is None:
         return weights
-    return jnp.where(keep_mask(seeds_R[:, None, None], _weight_index(query, key), rate), weights / (1.0 - rate), 0.0)
+    return jnp.where(keep_mask(seeds_R[:, None, None], weight_index(query, key), rate), weights / (1.0 - rate), 0.0)

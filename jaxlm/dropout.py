@@ -39,3 +39,8 @@ def keep_mask(seeds: jax.Array, index: jax.Array, rate: float) -> jax.Array:
     x = (seeds ^ index) * jnp.uint32(0x7FEB352D)
     x = (x ^ x >> 15) * jnp.uint32(0x846CA68B)
     return x >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def weight_index(query: jax.Array, key: jax.Array) -> jax.Array:
+    """The index of an attention weight of a row, for `keep_mask`: uint32, of the shape that both broadcast to."""
+    return query.astype(jnp.uint32) * jnp.uint32(0x10001) + key.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)

@@ -53,7 +53,7 @@ class TrainConfig:
     on_fault: Policy = "stop"
     spike_factor: float | None = None  # a loss over so many times the mean of the last 100, of 20 at least, is a jump
     compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and their updates are float32
-    attention: Implementation | None = None  # reference, blocks or cudnn; None takes the best that the device has
+    attention: Implementation | None = None  # reference, blocks, cudnn or triton; None: the best that the device has
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -140,6 +140,18 @@ def make_train_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None =
     step = _make_step(model, config, mesh)
     dropout_key = random_key(config.seed, "dropout")
     return lambda state, batch, limit=math.inf: step(state, batch, limit, dropout_key, 1.0)
+
+
+def several_steps(step: Step) -> Step:
+    """The function that takes a step for each entry of the first axis of batches (and limits), as one program.
+
+    It returns the last state, and metrics with that axis. To start a program takes as long as a small step.
+    """
+
+    def take(state: TrainState, *rest: jax.Array) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, given: step(state, *given), state, rest)
+
+    return take
 
 
 def make_joint_step(

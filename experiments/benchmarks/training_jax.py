@@ -3,6 +3,7 @@
     python -m experiments.benchmarks.training_jax '{"plain": false, "batch_size": 64, "context": 256, ...}'
 
 "plain" is the same model without what makes it fast here: attention by the formula, the batch in one piece, one device.
+"at_once" steps are one program, and are timed together.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxlm.model
 from jaxlm.attention import causal_attention
 from jaxlm.model import ModelConfig, count_parameters, flops_per_token
-from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
-from jaxlm.training import TrainConfig, init_state, make_train_step
+from jaxlm.parallel import batch_sharding, data_mesh, peak_flops, replicated, use_cores
+from jaxlm.training import TrainConfig, init_state, make_train_step, several_steps
 
 
 def main() -> None:
@@ -35,6 +37,7 @@ def main() -> None:
         num_heads=config["heads"],
         feed_forward_width=4 * config["width"],
         dropout=config["dropout"],
+        tied_head=config["tied_head"],
     )
     training = TrainConfig(batch_size=config["batch_size"], compute_type=config["compute_type"])
     if plain:
@@ -42,24 +45,28 @@ def main() -> None:
         jaxlm.parallel.sequences_at_once = lambda batch_size, time: batch_size
     mesh = data_mesh(training.batch_size)
     state = jax.jit(partial(init_state, model, training), out_shardings=replicated(mesh))()
-    tokens = np.random.default_rng(0).integers(model.vocab_size, size=(training.batch_size, model.context + 1))
-    batch = jax.device_put(tokens.astype(np.int32), batch_sharding(mesh))
-    step = jax.jit(make_train_step(model, training, mesh), donate_argnums=0).lower(state, batch).compile()
+    at_once = config["at_once"]
+    shape = at_once, training.batch_size, model.context + 1
+    tokens = np.random.default_rng(0).integers(model.vocab_size, size=shape).astype(np.int32)
+    batches = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec)))
+    steps = several_steps(make_train_step(model, training, mesh))
+    program = jax.jit(steps, donate_argnums=0).lower(state, batches).compile()
     for line in sys.stdin:
         seconds = []
-        for _ in range(int(line)):
+        for _ in range(max(1, int(line) // at_once)):
             started = time.perf_counter()
-            state, metrics = step(state, batch)
+            state, metrics = program(state, batches)
             jax.block_until_ready((state, metrics))
-            seconds.append(time.perf_counter() - started)
+            seconds.append((time.perf_counter() - started) / at_once)
         device = jax.devices()[0]
         statistics = device.memory_stats() or {}
         answer = {
             "seconds": seconds,
-            "loss": float(metrics["train/loss"]),
+            "loss": float(metrics["train/loss"][-1]),
             "memory": statistics.get("peak_bytes_in_use", resource.getrusage(0).ru_maxrss * 1024),
             "parameters": count_parameters(state.params),
             "flops": flops_per_token(state.params, model) * training.batch_size * model.context,
+            "peak": peak_flops(),
             "device": f"{jax.device_count()} x {device.device_kind}",
         }
         print(json.dumps(answer), flush=True)

@@ -2,6 +2,7 @@
 
     python training_torch.py '{"compile": false, "batch_size": 64, "context": 256, ...}'
 
+"at_once" steps are timed together, with one wait for the device at their end.
 Started by `experiments.benchmarks.training`. Answers each line of its input, a number of steps, with one JSON line.
 """
 
@@ -10,6 +11,7 @@ import math
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,18 +41,23 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The seed model: learned positions, norms before the parts, an untied head."""
+    """The seed model: learned positions, norms before the parts; the head is the embedding if it is tied."""
 
-    def __init__(self, vocab_size: int, context: int, width: int, layers: int, heads: int, rate: float) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
+        vocab_size, context, width = config["vocab_size"], config["context"], config["width"]
         self.embedding, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*[Block(width, heads, rate) for _ in range(layers)])
-        self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size)
+        self.blocks = nn.Sequential(
+            *[Block(width, config["heads"], config["dropout"]) for _ in range(config["layers"])]
+        )
+        self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size, bias=not config["tied_head"])
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if config["tied_head"]:
+            self.head.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens[:, :-1]) + self.positions.weight
@@ -62,9 +69,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = Decoder(
-        config["vocab_size"], config["context"], config["width"], config["layers"], config["heads"], config["dropout"]
-    ).to(device)
+    model = Decoder(config).to(device)
     loss_of = model
     if config["compile"]:  # on a GPU with CUDA graphs, which is what makes small models fast there
         loss_of = torch.compile(model, mode="reduce-overhead" if device == "cuda" else "default")
@@ -83,12 +88,13 @@ def main() -> None:
     for line in sys.stdin:
         seconds = []
         loss = torch.tensor(math.nan)
-        for _ in range(int(line)):
+        for _ in range(max(1, int(line) // config["at_once"])):
             started = time.perf_counter()
-            loss = step()
+            for _ in range(config["at_once"]):
+                loss = step()
             if device == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
+            seconds.append((time.perf_counter() - started) / config["at_once"])
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(0).ru_maxrss * 1024
         answer = {
             "seconds": seconds,
