@@ -151,5 +151,9 @@ def _score_window(params: Params, config: ModelConfig, inputs_BT: jax.Array, tar
 
 def token_nats(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-ln p of each target: (B, T, V), int (B, T) -> (B, T)."""
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    if jax.default_backend() == "cpu":
+        chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    else:  # a sum becomes a part of the one beside it, and its gradient a part of the softmax
+        is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+        chosen_BT = jnp.where(is_target_BTV, logits_BTV, 0.0).sum(axis=-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT

@@ -24,6 +24,7 @@ Params = Any
 # Numbers beyond these are others on the device.
 LARGEST_INT, LARGEST_FLOAT = int(np.iinfo(np.int32).max), float(np.finfo(np.float32).max)
 _MOST_LAYERS = 10_000  # each is traced
+_FEW_IDS = 4_096  # for which a product costs little beside the model
 
 _CHOICES = {
     "norm": ("layer", "rms"),
@@ -180,9 +181,9 @@ class Decoder(nn.Module):
             )
             for back in range(config.input_tokens)
         ]
-        x_BTD = tables[0](tokens_BT)
+        x_BTD = _look_up(tables[0].embedding, tokens_BT)
         for back, table in enumerate(tables[1:], start=1):
-            x_BTD = x_BTD + _shift(table(tokens_BT), back)
+            x_BTD = x_BTD + _shift(_look_up(table.embedding, tokens_BT), back)
         if config.positions == "learned":
             x_BTD = x_BTD + self.param("positions", normal, (config.context, config.width))[:time]
         x_ND = x_BTD.reshape(batch * time, config.width)
@@ -287,6 +288,32 @@ def _rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
     cos, sin = jnp.cos(angles_T1K).astype(x_BTHK.dtype), jnp.sin(angles_T1K).astype(x_BTHK.dtype)
     a, b = jnp.split(x_BTHK, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def _look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The rows of tokens. On a CPU as JAX does it, whose gradient adds row to row; elsewhere rows would wait in line."""
+    if jax.default_backend() == "cpu":
+        return jnp.take(table_VD, tokens_BT, axis=0)
+    return _rows(table_VD, tokens_BT)
+
+
+@jax.custom_vjp
+def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    return jnp.take(table_VD, tokens_BT, axis=0)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], d_rows_BTD: jax.Array) -> tuple[jax.Array, None]:
+    """A product with one-hot rows, which is the same each time and needs no waiting; for many ids, sums in float32."""
+    table_VD, tokens_BT = saved
+    if len(table_VD) <= _FEW_IDS:
+        one_hot_BTV = jax.nn.one_hot(tokens_BT, len(table_VD), dtype=d_rows_BTD.dtype)
+        d_table_VD = jnp.einsum("btv,btd->vd", one_hot_BTV, d_rows_BTD, preferred_element_type=jnp.float32)
+    else:
+        d_table_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BT].add(d_rows_BTD.astype(jnp.float32))
+    return d_table_VD.astype(table_VD.dtype), None
+
+
+_rows.defvjp(lambda table_VD, tokens_BT: (_rows(table_VD, tokens_BT), (table_VD, tokens_BT)), _rows_backward)
 
 
 def _shift(x_BTD: jax.Array, back: int) -> jax.Array:
