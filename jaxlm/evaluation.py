@@ -149,11 +149,24 @@ def _score_window(params: Params, config: ModelConfig, inputs_BT: jax.Array, tar
     return token_nats(forward(params, inputs_BT, config), targets_BT)
 
 
+@jax.custom_vjp
 def token_nats(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-ln p of each target: (B, T, V), int (B, T) -> (B, T)."""
-    if jax.default_backend() == "cpu":
-        chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    else:  # a sum becomes a part of the one beside it, and its gradient a part of the softmax
-        is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-        chosen_BT = jnp.where(is_target_BTV, logits_BTV, 0.0).sum(axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
+    return _token_nats_forward(logits_BTV, targets_BT)[0]
+
+
+def _token_nats_forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    log_sums_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return log_sums_BT - chosen_BT, (logits_BTV, targets_BT, log_sums_BT)
+
+
+def _token_nats_backward(saved: tuple[jax.Array, ...], d_nats_BT: jax.Array) -> tuple[jax.Array, None]:
+    """The softmax less the one-hot target, in one pass; the gradient of a gather would be an array of its own."""
+    logits_BTV, targets_BT, log_sums_BT = saved
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    softmax_BTV = jnp.exp(logits_BTV - log_sums_BT[..., None])
+    return (softmax_BTV - is_target_BTV) * d_nats_BT[..., None], None
+
+
+token_nats.defvjp(_token_nats_forward, _token_nats_backward)

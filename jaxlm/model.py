@@ -245,7 +245,19 @@ class Block(nn.Module):
         return dropout(x_ND.reshape(self.batch, -1, self.config.width), self.config.dropout, keys_B).reshape(x_ND.shape)
 
 
-_ACTIVATIONS = {"relu": nn.relu, "relu2": lambda x: jnp.square(nn.relu(x)), "gelu": nn.gelu}
+@jax.custom_jvp
+def _relu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0)
+
+
+@_relu.defjvp
+def _relu_gradient(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """From the result, which the next product keeps anyhow, and not from what was before it."""
+    y = _relu(*primals)
+    return y, jnp.where(y > 0, *tangents, 0)
+
+
+_ACTIVATIONS = {"relu": _relu, "relu2": lambda x: jnp.square(_relu(x)), "gelu": nn.gelu}
 
 
 def _linear(config: ModelConfig, features: int, name: str, *, biases: bool = True, is_output: bool = False) -> nn.Dense:
