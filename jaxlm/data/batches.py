@@ -6,9 +6,12 @@ offset of its own, and visits each window once in an order of its own. Shapes: B
 
 from __future__ import annotations
 
+import functools
+
 import grain
 import numpy as np
 import numpy.typing as npt
+from grain.experimental import index_shuffle
 
 from jaxlm.data.shards import TokenStream
 from jaxlm.tokenizers.base import InputError
@@ -28,11 +31,7 @@ def make_batches(tokens: TokenStream, *, context: int, batch_size: int, seed: in
         raise InputError(f"The batch size is at least 1, not {batch_size}.")
     if seed < 0:
         raise InputError(f"The seed is at least 0, not {seed}.")
-    # grain orders epoch e by seed + e, so that seeds which aren't hashed would share epochs with their neighbours.
-    order = int(np.random.SeedSequence([seed, _ORDER]).generate_state(1)[0])
-    windows = Windows(tokens, context, seed)
-    # Without end it would be as long as an index can be, and a slice of batches of one would end beyond that.
-    return windows.shuffle(seed=order).repeat(_WINDOWS // len(windows)).batch(batch_size)
+    return _Batches(Windows(tokens, context, seed), batch_size, seed)
 
 
 class Windows(grain.MapDataset[npt.NDArray[np.int32]]):
@@ -52,6 +51,7 @@ class Windows(grain.MapDataset[npt.NDArray[np.int32]]):
         # The length is the same for every offset: as many windows as fit after the largest, if any do.
         self._num_windows = max(1, (len(tokens) - context) // context)
         self._num_offsets = min(context, len(tokens) - self._num_windows * context)
+        self._epoch_start = functools.lru_cache(maxsize=2)(self.offset)  # which takes longer than all the rest
 
     def __len__(self) -> int:
         return self._num_windows
@@ -59,11 +59,38 @@ class Windows(grain.MapDataset[npt.NDArray[np.int32]]):
     def __getitem__(self, index: int | slice) -> npt.NDArray[np.int32] | grain.MapDataset:
         if isinstance(index, slice):
             return self.slice(index)
-        epoch, window = divmod(index, self._num_windows)
-        start = self.offset(epoch) + window * self._context
-        return self._tokens.slice(start, start + self._context + 1)
+        return self.take([index])[0]
+
+    def take(self, indices: list[int]) -> npt.NDArray[np.int32]:
+        """Several windows at once, of shape (indices, context + 1)."""
+        places = [divmod(index, self._num_windows) for index in indices]
+        starts = [self._epoch_start(epoch) + window * self._context for epoch, window in places]
+        return self._tokens.windows(np.array(starts), self._context + 1)
 
     def offset(self, epoch: int) -> int:
         """Where the windows of an epoch begin, from 0 to below `context`."""
         random = np.random.SeedSequence([self._seed, _OFFSET, epoch]).generate_state(1)[0]
         return int(random) % self._num_offsets
+
+
+class _Batches(grain.MapDataset[npt.NDArray[np.int32]]):
+    """`windows`, shuffled, repeated and batched by grain, without what such a chain of datasets costs for each window."""
+
+    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self._windows, self._batch_size = windows, batch_size
+        # grain orders epoch e by seed + e, so that seeds which aren't hashed would share epochs with their neighbours.
+        self._order = int(np.random.SeedSequence([seed, _ORDER]).generate_state(1)[0])
+
+    def __len__(self) -> int:
+        return _WINDOWS // self._batch_size
+
+    def __getitem__(self, index: int | slice) -> npt.NDArray[np.int32] | grain.MapDataset:
+        if isinstance(index, slice):
+            return self.slice(index)
+        first, count = index * self._batch_size, len(self._windows)
+        windows = []
+        for epoch, place in (divmod(place, count) for place in range(first, first + self._batch_size)):
+            window = index_shuffle(place, max_index=count - 1, seed=(self._order + epoch) % 2**32, rounds=4)
+            windows.append(epoch * count + window)
+        return self._windows.take(windows)

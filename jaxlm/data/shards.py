@@ -134,6 +134,19 @@ class TokenStream:
         ]
         return np.concatenate(parts).astype(np.int32)
 
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
+        """The `length` tokens from each start on, as int32 of shape (starts, length)."""
+        size = len(self.shards[0])
+        shard, begin = np.divmod(starts + self.first, size)
+        rows = np.empty((len(starts), length), np.int32)
+        within = begin + length <= size
+        for index in np.flatnonzero(~within):
+            rows[index] = self.slice(int(starts[index]), int(starts[index]) + length)
+        for number in np.unique(shard[within]):
+            here = within & (shard == number)
+            rows[here] = np.lib.stride_tricks.sliding_window_view(self.shards[number], length)[begin[here]]
+        return rows
+
     def document(self, index: int) -> npt.NDArray[np.int32]:
         """The tokens of one document, without its end-of-text."""
         return self.slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]) - 1)

@@ -191,6 +191,26 @@ def test_seeds_beyond_32_bits_are_seeds_of_their_own() -> None:
     assert len({str(batch) for batch in first}) == 3
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(30, 400), st.integers(2, 29), st.integers(1, 70), st.integers(0, 2**40), st.integers(1, 60),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_batches_are_those_of_a_chain_of_datasets(
+    length: int, context: int, batch_size: int, seed: int, shard_tokens: int, index: int
+) -> None:
+    """Within a shard and across several, within an epoch and across several."""
+    stream = make_stream(length, shard_tokens)
+    windows = Windows(stream, context, seed)
+    order = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+    chain = windows.shuffle(seed=order).repeat(100_000).batch(batch_size)
+    batches = make_batches(stream, context=context, batch_size=batch_size, seed=seed)
+    np.testing.assert_array_equal(batches[index], chain[index])
+    assert batches[index].dtype == np.int32
+    start = windows.offset(0)
+    np.testing.assert_array_equal(windows[0], np.arange(start, start + context + 1))
+
+
 # ---- what is refused
 
 
