@@ -26,7 +26,6 @@ from typing import Literal
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.table import Table
 
 from experiments.command_line import check_seeds, program
@@ -36,7 +35,7 @@ from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenStream, survey_corpus, train_documents
 from jaxlm.evaluation import evaluate, token_nats
 from jaxlm.model import ModelConfig, Params, count_parameters, forward
-from jaxlm.parallel import batch_sharding, data_mesh, replicated, use_cores
+from jaxlm.parallel import batch_sharding, compiler_options, data_mesh, replicated, stacked, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer
 from jaxlm.tokenizers.base import InputError
@@ -158,7 +157,7 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
     state = jax.jit(partial(init_state, config.model, training), out_shardings=replicated(mesh))()
     steps_at_once = several_steps(make_train_step(config.model, training, mesh))
     several = jax.jit(lambda state, batches: steps_at_once(state, batches)[0])
-    divided = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+    divided = stacked(batch_sharding(mesh))
     seconds = compilation = 0.0
     first_steps = round(config.first_share * training.steps)
     for context, steps in ((config.first_context, first_steps), (config.model.context, training.steps - first_steps)):
@@ -168,7 +167,7 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
         batches = make_batches(train, context=context, batch_size=batch_tokens // context, seed=seed * 1_000 + context)
         windows = [batches[index] for index in range(at_once)]
         started = time.perf_counter()
-        compiled = several.lower(state, jax.device_put(np.stack(windows), divided)).compile()
+        compiled = several.lower(state, jax.device_put(np.stack(windows), divided)).compile(compiler_options())
         compilation += time.perf_counter() - started
         started = time.perf_counter()
         for done in range(at_once, steps + at_once, at_once):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import threading
@@ -31,12 +32,30 @@ from jaxlm.evaluation import Evaluation, evaluate
 from jaxlm.faults import Faults, Rewind
 from jaxlm.final_score import is_finished
 from jaxlm.model import ModelConfig, Params, flops_per_token
-from jaxlm.parallel import batch_sharding, check_compute_type, data_mesh, one_at_a_time, peak_flops, replicated
+from jaxlm.parallel import (
+    batch_sharding,
+    check_compute_type,
+    compiler_options,
+    data_mesh,
+    one_at_a_time,
+    peak_flops,
+    replicated,
+    stacked,
+)
 from jaxlm.progress import Figures, Reporter, TerminalReporter
 from jaxlm.runs import Run, RunFailed, RunInterrupted, console, environment
 from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
-from jaxlm.training import Metrics, TrainConfig, TrainState, init_state, make_joint_step, make_train_step, random_key
+from jaxlm.training import (
+    Metrics,
+    TrainConfig,
+    TrainState,
+    init_state,
+    make_joint_step,
+    make_train_step,
+    random_key,
+    several_steps,
+)
 
 
 def train(
@@ -120,18 +139,41 @@ def train_together(
         for run in runs:
             run.adopt(tokenizer)
 
-        def batches(start: int, stop: int) -> Iterator[jax.Array]:
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-            rows = zip(*(stream[start:stop].to_iter_dataset(options) for stream in streams), strict=True)
-            return (jax.device_put(_stacked(row), divided) for row in rows)
-
         def placed(rows: Sequence[Any]) -> Any:
             return jax.device_put(_stacked(rows), divided if count > 1 else everywhere)
 
-        limits_of = functools.lru_cache(maxsize=1)(lambda *values: placed([np.float32(value) for value in values]))
-        inputs = placed(states), next(batches(first, first + 1)), limits_of(*[math.inf] * count)
-        compiled = jax.jit(step, donate_argnums=0).lower(*inputs).compile()
-        del inputs
+        def batches(step: int) -> Iterator[tuple[int, jax.Array]]:
+            """For each program from `step` on, how many steps it takes, and their batches."""
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * max(sizes))
+            rows = zip(*(stream[step : config.steps].to_iter_dataset(options) for stream in streams), strict=True)
+            for size in config.programs(step):
+                batch = [_stacked(row) for row in itertools.islice(rows, size)]
+                yield size, jax.device_put(_stacked(batch), divided if size == 1 else stacked(divided))
+
+        @functools.lru_cache(maxsize=1)
+        def limits_of(*limits: tuple[float, ...]) -> jax.Array:
+            """Of each step of a program, those of each run."""
+            of_runs = divided if count > 1 else everywhere
+            array = np.array(limits, np.float32)[:, 0] if count == 1 else np.array(limits, np.float32)
+            return jax.device_put(array[0], of_runs) if len(limits) == 1 else jax.device_put(array, stacked(of_runs))
+
+        @functools.cache
+        def program(size: int) -> Callable[..., tuple[TrainState, Metrics]]:
+            """`size` steps, compiled."""
+            shape = ((size,) if size > 1 else ()) + ((count,) if count > 1 else ())
+            batch = jax.ShapeDtypeStruct(
+                (*shape, config.batch_size, model.context + 1),
+                np.int32,
+                sharding=divided if size == 1 else stacked(divided),
+            )
+            function = step if size == 1 else several_steps(step)
+            lowered = jax.jit(function, donate_argnums=0).lower(like, batch, limits_of(*[(math.inf,) * count] * size))
+            return lowered.compile(compiler_options())
+
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed(states))
+        sizes = set(itertools.islice(config.programs(first), 1_000))
+        for size in sizes:
+            program(size)
         facts = _Facts(model, config)
         reporter.begin(first, config.steps, facts.lines)
 
@@ -142,13 +184,14 @@ def train_together(
             clock.start()
             for loop in loops:
                 loop.begin(facts.utilization)
-            for batch in batches(loops[0].step, config.steps):
-                limits = limits_of(*(loop.faults.limit(loop.step + 1) for loop in loops))
-                state, metrics = compiled(state, batch, limits)
+            for size, batch in batches(loops[0].step):
+                steps = range(loops[0].step + 1, loops[0].step + size + 1)
+                limits = limits_of(*(tuple(loop.faults.limit(step) for loop in loops) for step in steps))
+                state, metrics = program(size)(state, batch, limits)
                 one_at_a_time(mesh, metrics)
                 stop = signals.received
                 for index, loop in enumerate(loops):
-                    loop.after_step(partial(_part, state, index, count, everywhere), metrics, stop=stop)
+                    loop.after_steps(size, partial(_part, state, index, count, everywhere), metrics, stop=stop)
                 if stop or all(loop.failure for loop in loops):
                     break
             return state
@@ -267,7 +310,7 @@ class _Loop:
         self.tokens_per_step = config.batch_size * model.context
         self.step = 0
         self.seconds_before = 0.0
-        self.pending: tuple[int, Metrics] | None = None
+        self.pending: tuple[int, int, Metrics] | None = None  # the last step of a program, how many it took, and they
         self.held_out: float | None = None
         self.best = math.inf
         self.tokens_per_second = math.nan
@@ -321,22 +364,23 @@ class _Loop:
     def begin(self, utilization: float) -> None:
         self.utilization = utilization
         self.last_log = (self.step, self.seconds)
+        self.reported = self.seconds
 
-    def after_step(self, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
-        """Reports the step before this one, and on the steps where something is due, this one too."""
+    def after_steps(self, size: int, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
+        """Reports the steps of the program before this one, and if something is due, those of this one too."""
         if self.failure is not None:
             return
         try:
-            self._after_step(get_state, metrics, stop=stop)
+            self._after_steps(size, get_state, metrics, stop=stop)
         except RunFailed as failure:
             self.failure = failure
             self.run.fail(str(failure), self.config.fault_policy)
 
-    def _after_step(self, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
+    def _after_steps(self, size: int, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
         config = self.config
-        self.step += 1
+        self.step += size
         self._report()
-        self.pending = (self.step, metrics)
+        self.pending = (self.step, size, metrics)
         last = self.step == config.steps
         evaluation_due = self.step % config.eval_every == 0 or last
         sample_due = self.step % config.sample_every == 0 or last
@@ -368,30 +412,34 @@ class _Loop:
         self.checkpoints.save(self.step, state, record, bits_per_byte=bits_per_byte)
 
     def _report(self) -> None:
-        """Fetches the metrics of the last reported step, checks them, and writes them if their step is to be logged."""
+        """Fetches the metrics of the last program, checks them, and writes those whose step is to be logged."""
         if self.pending is None:
             return
-        step, metrics = self.pending
+        last, size, metrics = self.pending
         self.pending = None
-        values = {name: np.asarray(value).reshape(-1)[self.index].item() for name, value in metrics.items()}
-        skipped = values.pop("skipped")
-        if skipped:
+        columns = {name: np.asarray(value).reshape(size, self.count)[:, self.index] for name, value in metrics.items()}
+        before, self.reported = self.reported, self.seconds
+        for done in range(1, size + 1):
+            values = {name: column[done - 1].item() for name, column in columns.items()}
+            self._report_step(last - size + done, values, before + (self.reported - before) * done / size)
+        bits_per_byte = values["train/loss"] / math.log(2) / self.data.train.bytes_per_token
+        figures = Figures(last, values["train/loss"], bits_per_byte, self.held_out, self.tokens_per_second)
+        self.reporter.progress(self.index, figures)
+
+    def _report_step(self, step: int, values: dict[str, float], seconds: float) -> None:
+        if values.pop("skipped"):
             self._fault(step, values)
-        else:
-            self.faults.good(step, values["train/loss"])
-        loss = values["train/loss"]
-        bits_per_byte = loss / math.log(2) / self.data.train.bytes_per_token
-        self.reporter.progress(self.index, Figures(step, loss, bits_per_byte, self.held_out, self.tokens_per_second))
-        if not skipped and (step % self.config.log_every == 0 or step == self.config.steps):
-            steps, seconds = step - self.last_log[0], self.seconds - self.last_log[1]
-            self.tokens_per_second = steps * self.tokens_per_step / seconds
-            self.last_log = (step, self.seconds)
+            return
+        self.faults.good(step, values["train/loss"])
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            self.tokens_per_second = (step - self.last_log[0]) * self.tokens_per_step / (seconds - self.last_log[1])
+            self.last_log = (step, seconds)
             speed = {"tokens_per_second": self.tokens_per_second, "mfu": self.tokens_per_second * self.utilization}
-            self._log(step, **values, **speed)
+            self._log(step, seconds, **values, **speed)
 
     def _fault(self, step: int, values: dict[str, float]) -> None:
         """Logs a step that left the model as it was, and stops or goes back if that is the policy."""
-        self._log(step, **values, skipped=1, batch=step - 1)
+        self._log(step, self.seconds, **values, skipped=1, batch=step - 1)
         norms = f"gradient norm {values['grad_norm']:.4g}, weight norm {values['weight_norm']:.4g}"
         figures = f"batch {step - 1}, loss {values['train/loss']:.4g}, {norms}"
         if math.isfinite(limit := self.faults.limit(step)) and values["train/loss"] > limit:
@@ -417,10 +465,10 @@ class _Loop:
             + (", or go on in this one with --on-fault skip." if skippable else ".")
         )
 
-    def _log(self, step: int, **values: float) -> None:
+    def _log(self, step: int, seconds: float, **values: float) -> None:
         tokens = step * self.tokens_per_step
         num_bytes = round(tokens * self.data.train.bytes_per_token)
-        self.run.log(step, tokens=tokens, bytes=num_bytes, seconds=round(self.seconds, 3), **values)
+        self.run.log(step, tokens=tokens, bytes=num_bytes, seconds=round(seconds, 3), **values)
 
     def _evaluate(self, params: Params) -> Evaluation:
         end_of_text_id = self.tokenizer.end_of_text_id
@@ -433,6 +481,7 @@ class _Loop:
         self.held_out = evaluation.bits_per_byte
         self._log(
             self.step,
+            self.seconds,
             **{
                 "eval/loss": evaluation.loss,
                 "eval/bits_per_byte": evaluation.bits_per_byte,

@@ -7,6 +7,7 @@ are what every backend does best.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -257,7 +258,11 @@ def _relu_gradient(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tup
     return y, jnp.where(y > 0, *tangents, 0)
 
 
-_ACTIVATIONS = {"relu": _relu, "relu2": lambda x: jnp.square(_relu(x)), "gelu": nn.gelu}
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": _relu,
+    "relu2": lambda x: jnp.square(_relu(x)),
+    "gelu": nn.gelu,
+}
 
 
 def _linear(config: ModelConfig, features: int, name: str, *, biases: bool = True, is_output: bool = False) -> nn.Dense:
@@ -303,7 +308,7 @@ def _rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
 
 
 def _look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The rows of tokens. On a CPU as JAX does it, whose gradient adds row to row; elsewhere rows would wait in line."""
+    """The rows of tokens. JAX's own gradient adds row to row, for which, but on a CPU, rows would wait in line."""
     if jax.default_backend() == "cpu":
         return jnp.take(table_VD, tokens_BT, axis=0)
     return _rows(table_VD, tokens_BT)

@@ -41,6 +41,22 @@ def use_cores(batch_size: int, num_devices: int | None = None) -> None:
         return
 
 
+def compiler_options() -> dict[str, Any]:
+    """How XLA is to compile a training step; for GPUs alone, as a CPU's defaults are the best that was found."""
+    if jax.default_backend() != "gpu":
+        return {}
+    return {
+        # Products by cuBLAS, by an algorithm of its choice. XLA would try many, which takes minutes for a large model,
+        # and might choose others, with other roundings, when a run goes on.
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_enable_triton_gemm": False,
+        # Small products that share an operand become one; to put large ones together costs more than it saves.
+        "xla_gpu_dot_merger_threshold_mb": 16,
+        # Kernels that don't need each other run side by side.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    }
+
+
 # Dense bfloat16 without sparsity, FLOP/s of one device, from its maker's data sheet.
 _DATASHEETS = {
     "NVIDIA A100": 312e12,
@@ -104,6 +120,11 @@ def data_mesh(batch_size: int) -> Mesh:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis divided among the devices."""
     return NamedSharding(mesh, PartitionSpec(_DATA))
+
+
+def stacked(sharding: NamedSharding) -> NamedSharding:
+    """The same with another axis before the first, whole on each device."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class TrainConfig:
     on_fault: Policy = "stop"
     spike_factor: float | None = None  # a loss over so many times the mean of the last 100, of 20 at least, is a jump
     compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and their updates are float32
+    steps_at_once: int | None = None  # in one program, where nothing else is due; None: 10 but on a CPU
     attention: Implementation | None = None  # reference, blocks, cudnn or triton; None: the best that the device has
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class TrainConfig:
             if not 1 <= getattr(self, name) <= LARGEST_INT:
                 raise InputError(f"{name} is from 1 to {LARGEST_INT}, not {getattr(self, name)}.")
         check_text(self.sample_prompt)
+        if self.steps_at_once is not None and not 1 <= self.steps_at_once <= LARGEST_INT:
+            raise InputError(f"steps_at_once is from 1 to {LARGEST_INT}, not {self.steps_at_once}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"The seed is from 0 to 4294967295, not {self.seed}.")
         if self.compute_type not in ("float32", "bfloat16"):
@@ -78,6 +81,19 @@ class TrainConfig:
     def fault_policy(self) -> str:
         """What is a fault, and what is done about it."""
         return f"{self.on_fault}, spike factor {self.spike_factor}"
+
+    def programs(self, step: int) -> Iterator[int]:
+        """How many steps each program after `step` takes: several, from their multiples on, if nothing is due sooner.
+
+        A jump of the loss is told from the losses before it, so that steps go one by one where jumps are looked for.
+        """
+        most = self.steps_at_once or (1 if jax.default_backend() == "cpu" else 10)
+        while step < self.steps:
+            every = self.eval_every, self.sample_every, self.checkpoint_every
+            due = min(self.steps, *((step // period + 1) * period for period in every))
+            size = most if step % most == 0 and step + most <= due and self.spike_factor is None else 1
+            yield size
+            step += size
 
     def identity(self) -> dict[str, Any]:
         """The part that decides about the result, faults excepted, whose policy may change while a run goes on.

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from jaxlm import attention_triton
 from jaxlm.attention import Implementation, causal_attention, default_implementation
 from jaxlm.tokenizers.base import InputError
 

@@ -110,8 +110,12 @@ def test_training_learns_and_logs_every_field(tmp_path: Path, data: tuple) -> No
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path: Path, data: tuple) -> None:
-    straight = run_training(tmp_path / "straight", data, CONFIG)
+@pytest.mark.parametrize("steps_at_once", [1, 4])
+def test_resumed_training_equals_uninterrupted_training_to_the_bit(
+    tmp_path: Path, data: tuple, steps_at_once: int
+) -> None:
+    config = replace(CONFIG, steps_at_once=steps_at_once)
+    straight = run_training(tmp_path / "straight", data, config)
 
     class Stop(Exception):
         pass
@@ -128,9 +132,9 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path: Pat
 
     run.log = fail_at_13  # type: ignore[method-assign]
     with pytest.raises(Stop):
-        train(run, tokenizer, tokens, TINY, CONFIG)
+        train(run, tokenizer, tokens, TINY, config)
     first = losses(tmp_path / "resumed")
-    resumed = run_training(tmp_path / "resumed", data, CONFIG)
+    resumed = run_training(tmp_path / "resumed", data, config)
 
     assert_equal_bits(straight, resumed)
     assert max(first) == 12
@@ -139,6 +143,32 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(tmp_path: Pat
     for name in ("samples.txt",):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert read_metrics(tmp_path / "resumed")[-1]["seconds"] > 0
+
+
+def assert_alike(left: Path, right: Path) -> None:
+    """The logs of two runs are the same but for rounding and time."""
+    lines = [read_metrics(path) for path in (left, right)]
+    assert len(lines[0]) == len(lines[1])
+    for a, b in zip(*lines, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"seconds", "tokens_per_second", "mfu"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_several_steps_as_one_program_are_the_steps_one_by_one(tmp_path: Path, data: tuple) -> None:
+    config = replace(CONFIG, steps_at_once=4)
+    assert list(config.programs(0)) == [4, *[1] * 12, 4]  # a checkpoint is due after each fifth step
+    assert list(config.programs(13)) == [1, 1, 1, 4]
+    assert list(replace(config, spike_factor=2.0).programs(17)) == [1, 1, 1]
+    single, several = (
+        run_training(tmp_path / str(one.steps_at_once), data, one) for one in (replace(config, steps_at_once=1), config)
+    )
+    for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(several), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+    assert_alike(tmp_path / "1", tmp_path / "4")
+    seconds = [line["seconds"] for line in read_metrics(tmp_path / "4") if "train/loss" in line]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] > seconds[-2] > seconds[-3] > seconds[-4] >= 0, "time goes on within a program"
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, data: tuple) -> None:
@@ -342,20 +372,18 @@ def run_together(path: Path, data: tuple, configs: Sequence[TrainConfig] = TOGET
     return states
 
 
-def test_runs_end_together_as_they_end_alone(tmp_path: Path, data: tuple) -> None:
-    for index, (config, state) in enumerate(zip(TOGETHER, run_together(tmp_path / "together", data), strict=True)):
+@pytest.mark.parametrize("steps_at_once", [1, 4])
+def test_runs_end_together_as_they_end_alone(tmp_path: Path, data: tuple, steps_at_once: int) -> None:
+    configs = [replace(config, steps_at_once=steps_at_once) for config in TOGETHER]
+    states = run_together(tmp_path / "together", data, configs)
+    for index, (config, state) in enumerate(zip(TOGETHER, states, strict=True)):
         alone = run_training(tmp_path / "alone" / str(index), data, config)
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(state), strict=True):
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
-        lines = [read_metrics(tmp_path / where / str(index)) for where in ("alone", "together")]
-        assert len(lines[0]) == len(lines[1])
-        for a, b in zip(*lines, strict=True):
-            assert a.keys() == b.keys()
-            for name in a.keys() - {"seconds", "tokens_per_second", "mfu"}:
-                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+        assert_alike(tmp_path / "alone" / str(index), tmp_path / "together" / str(index))
         nats = np.load(tmp_path / "together" / str(index) / NATS_FILE)
         assert nats.sum() / math.log(2) / data[1].held_out.document_bytes.sum() == pytest.approx(
-            lines[1][-1]["final/bits_per_byte"]
+            read_metrics(tmp_path / "together" / str(index))[-1]["final/bits_per_byte"]
         )
 
 
@@ -452,13 +480,15 @@ def test_a_fault_stops_the_run_with_its_figures_and_the_run_can_go_on_without_th
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("steps_at_once", [1, 5])
 def test_a_skipped_batch_is_one_that_was_never_there_and_rewinding_ends_alike(
-    tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch, steps_at_once: int
 ) -> None:
+    config = replace(CONFIG, steps_at_once=steps_at_once)
     fault_at(monkeypatch, 3, 12, 13)
     ends = {}
     for policy in ("skip", "rewind"):
-        ends[policy] = run_training(tmp_path / policy, data, replace(CONFIG, on_fault=policy))  # type: ignore[arg-type]
+        ends[policy] = run_training(tmp_path / policy, data, replace(config, on_fault=policy))  # type: ignore[arg-type]
         lines = read_metrics(tmp_path / policy)
         assert [(line["step"], line["batch"]) for line in lines if line.get("skipped")] == [(3, 2), (12, 11), (13, 12)]
         assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 21)), "each step once"
@@ -491,7 +521,7 @@ def test_ten_faults_in_a_row_stop_the_run_whatever_the_policy(
     policy: str, tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault_at(monkeypatch, *range(6, 21))
-    config = replace(CONFIG, on_fault=policy)  # type: ignore[arg-type]
+    config = replace(CONFIG, on_fault=policy, steps_at_once=5)  # type: ignore[arg-type]
     with pytest.raises(RunFailed, match="diverged at step 15 "):
         run_training(tmp_path / "run", data, config)
     assert open_run(tmp_path / "run", data[2]).failure(config.fault_policy) is not None

@@ -3,12 +3,14 @@
     python -m experiments.benchmarks.training --torch-python torch-venv/bin/python
     python -m experiments.benchmarks.training --task gpu --torch-python torch-venv/bin/python
 
-Each contender is a process of its own that waits while another takes its steps. Ratios are those of neighbours in a
-round, so that a change of the machine's speed hits both; the spread is that of the rounds.
+Each contender is a process of its own that waits while another takes its steps. On a GPU, where a step may take less
+time than to wait for it, several are timed together, and some of ours are one program. Ratios are those of neighbours
+in a round, so that a change of the machine's speed hits both; the spread is that of the rounds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -24,8 +26,8 @@ from experiments.command_line import program
 from jaxlm.runs import console
 from jaxlm.tokenizers.base import InputError
 
-CPU: dict[str, Any] = {"compute_type": "float32", "dropout": 0.0, "tied_head": False, "at_once": 1}
-GPU = {**CPU, "compute_type": "bfloat16", "at_once": 10}  # whose steps are too short to wait for each
+CPU: dict[str, Any] = {"compute_type": "float32", "dropout": 0.0, "tied_head": False, "at_once": 1, "timed": 1}
+GPU = {**CPU, "compute_type": "bfloat16", "at_once": 10, "timed": 50}  # whose steps are too short to wait for each
 SEED = {"vocab_size": 98, "width": 128, "layers": 2, "heads": 4}
 LARGER = {"vocab_size": 98, "width": 384, "layers": 6, "heads": 6}
 GPT2 = {"vocab_size": 50_304, "width": 768, "layers": 12, "heads": 12, "tied_head": True}
@@ -41,7 +43,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "seed model, 64 x 256": {**GPU, **SEED, "batch_size": 64, "context": 256},
         "the same, dropout 0.2": {**GPU, **SEED, "batch_size": 64, "context": 256, "dropout": 0.2},
         "10.7 M, 64 x 256": {**GPU, **LARGER, "batch_size": 64, "context": 256},
-        "GPT-2 124 M, 32 x 1,024": {**GPU, **GPT2, "batch_size": 32, "context": 1_024},
+        "GPT-2 124 M, 32 x 1,024": {**GPU, **GPT2, "batch_size": 32, "context": 1_024, "at_once": 1, "timed": 10},
     },
 }
 
@@ -77,21 +79,22 @@ class Contender:
             env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # which leaves memory to the others
         )
         self.steps, self.medians = 1, list[float]()
-        self.take(1)  # compiles
-        self.take(1)
-        self.medians.clear()
 
-    def take(self, steps: int) -> None:
-        """Takes steps, and notes the median of their seconds."""
+    def begin(self, steps: int) -> None:
+        """Tells it to take steps."""
         assert self.process.stdin
-        assert self.process.stdout
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
+
+    def wait(self) -> float:
+        """Waits for the answer; the median of the steps' seconds."""
+        assert self.process.stdout
+        try:
             self.answer = json.loads(self.process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
+        except json.JSONDecodeError:
             raise InputError(f"{self.name} ended before it answered; what it said stands above.") from None
-        self.medians.append(statistics.median(self.answer["seconds"]))
+        return statistics.median(self.answer["seconds"])
 
     def close(self) -> None:
         assert self.process.stdin
@@ -112,12 +115,19 @@ def measure(name: str, shape: dict[str, Any], config: Config, table: Table) -> t
             Contender("PyTorch, SDPA", theirs, {**shape, "compile": False}),
             Contender("plain Flax", ours, {**shape, "plain": True}),
         ]
+    for contender in contenders:  # they compile side by side
+        contender.begin(1)
     for contender in contenders:
-        contender.take(1)
-        contender.steps = max(1, round(config.seconds / contender.medians.pop()))
+        contender.wait()
+    for contender in contenders:
+        contender.begin(1)
+        contender.wait()
+        contender.begin(1)
+        contender.steps = max(1, round(config.seconds / contender.wait()))
     for _ in range(config.rounds):
         for contender in contenders:
-            contender.take(contender.steps)
+            contender.begin(contender.steps)
+            contender.medians.append(contender.wait())
     first = contenders[0]
     peak = first.answer["peak"]
     flops, tokens = first.answer["flops"], shape["batch_size"] * shape["context"]

@@ -2,7 +2,7 @@
 
     python training_torch.py '{"compile": false, "batch_size": 64, "context": 256, ...}'
 
-"at_once" steps are timed together, with one wait for the device at their end.
+"timed" steps are timed together, with one wait for the device at their end.
 Started by `experiments.benchmarks.training`. Answers each line of its input, a number of steps, with one JSON line.
 """
 
@@ -88,13 +88,13 @@ def main() -> None:
     for line in sys.stdin:
         seconds = []
         loss = torch.tensor(math.nan)
-        for _ in range(max(1, int(line) // config["at_once"])):
+        for _ in range(max(1, int(line) // config["timed"])):
             started = time.perf_counter()
-            for _ in range(config["at_once"]):
+            for _ in range(config["timed"]):
                 loss = step()
             if device == "cuda":
                 torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - started) / config["at_once"])
+            seconds.append((time.perf_counter() - started) / config["timed"])
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(0).ru_maxrss * 1024
         answer = {
             "seconds": seconds,

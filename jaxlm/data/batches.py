@@ -74,7 +74,7 @@ class Windows(grain.MapDataset[npt.NDArray[np.int32]]):
 
 
 class _Batches(grain.MapDataset[npt.NDArray[np.int32]]):
-    """`windows`, shuffled, repeated and batched by grain, without what such a chain of datasets costs for each window."""
+    """`windows`, shuffled, repeated and batched by grain, without what a chain of datasets costs for each window."""
 
     def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
         super().__init__()
