@@ -4,6 +4,7 @@ the context and not with its square."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from jaxlm import attention_triton
-from jaxlm.attention import Implementation, causal_attention, default_implementation
+from jaxlm.attention import Implementation, attention_reference, causal_attention, default_implementation
+from jaxlm.attention_triton import attention_triton
+from jaxlm.dropout import row_seeds
 from jaxlm.tokenizers.base import InputError
 
 Float32 = npt.NDArray[np.float32]
@@ -144,6 +146,43 @@ def test_blocks_equal_the_reference_in_values_and_gradients(case: Case) -> None:
         np.testing.assert_allclose(got, expected, atol=3e-6 * max(1.0, np.abs(expected).max()), err_msg=name)
 
 
+TRITON_CASES = [
+    Case(7, heads=4, kv_heads=4, width=1),
+    Case(131, width=20),
+    Case(64, heads=6, kv_heads=3, window=64, rate=0.5),
+    Case(65, heads=4, kv_heads=1, width=8, documents=5),
+    Case(260, heads=4, kv_heads=2, batch=1, window=70, documents=3, rate=0.3, scale=1.7),
+]
+
+
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_triton_kernels_equal_the_reference_in_values_and_gradients(case: Case) -> None:
+    """As plain JAX, which is what they are where there is no GPU."""
+    *qkv, above = case.arrays()
+    seeds = row_seeds(case.keys_B(), case.heads) if case.rate else None
+    scale = case.width**-0.5 if case.scale is None else case.scale
+
+    def both(attention: Callable[..., jax.Array]) -> list[jax.Array]:
+        rest = scale, case.window, case.documents_BT(), case.rate, seeds
+        values, pull_back = jax.vjp(lambda q, k, v: attention(q, k, v, *rest), *qkv)
+        return [values, *pull_back(above)]
+
+    triton, reference = both(partial(attention_triton, interpret=True)), both(attention_reference)
+    for name, got, expected in zip(("values", "dq", "dk", "dv"), triton, reference, strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, atol=5e-6 * max(1.0, np.abs(expected).max()), err_msg=name)
+
+
+def test_triton_kernels_keep_sixteen_bits() -> None:
+    q, k, v, above = (jnp.asarray(x, jnp.bfloat16) for x in Case(100, heads=4, kv_heads=2, width=16).arrays())
+    values, pull_back = jax.vjp(lambda q, k, v: attention_triton(q, k, v, 0.25, interpret=True), q, k, v)
+    gradients = pull_back(above)
+    assert {x.dtype for x in (values, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    expected, pull_back = jax.vjp(lambda *x: attention_reference(*x, 0.25), *(x.astype(jnp.float32) for x in (q, k, v)))
+    for got, exact in zip((values, *gradients), (expected, *pull_back(above.astype(jnp.float32))), strict=True):
+        assert np.linalg.norm(got.astype(jnp.float32) - exact) < 0.01 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "blocks"])
 def test_large_scores_neither_overflow_nor_lose_precision(implementation: Implementation) -> None:
     """Scores of whole numbers are exact, so a softmax that subtracts the highest is as good as with small ones."""
@@ -205,18 +244,27 @@ def test_memory_grows_with_the_context_and_that_of_the_reference_with_its_square
     assert blocks[-1] < 128 * 2**20 < 8 * 2**30 < reference[-1]
 
 
-def test_the_default_depends_on_backend_dtype_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {}
-    for backend in ("cpu", "gpu", "tpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        for dtype in ("float32", "bfloat16", "float16"):
-            for rate in (0.0, 0.1):
-                found[backend, dtype, rate] = default_implementation(jnp.dtype(dtype), rate)
-    assert {key for key, name in found.items() if name == "cudnn"} == {
-        ("gpu", "bfloat16", 0.0),
-        ("gpu", "float16", 0.0),
-    }
-    assert set(found.values()) == {"cudnn", "blocks"}
+@pytest.mark.parametrize(
+    ("backend", "dtype", "rate", "time", "width", "documents", "expected"),
+    [
+        *(("cpu", dtype, rate, 64, 32, False, "blocks") for dtype in ("float32", "bfloat16") for rate in (0.0, 0.1)),
+        ("tpu", "bfloat16", 0.0, 64, 32, False, "blocks"),
+        ("gpu", "bfloat16", 0.0, 64, 32, False, "cudnn"),
+        ("gpu", "float16", 0.0, 64, 32, False, "cudnn"),
+        ("gpu", "float32", 0.0, 64, 32, False, "triton"),
+        ("gpu", "bfloat16", 0.1, 64, 32, False, "triton"),
+        ("gpu", "bfloat16", 0.0, 63, 32, False, "triton"),
+        ("gpu", "bfloat16", 0.0, 64, 33, False, "triton"),
+        ("gpu", "bfloat16", 0.0, 64, 256, False, "triton"),
+        ("gpu", "bfloat16", 0.0, 64, 32, True, "triton"),
+    ],
+)
+def test_the_default_is_what_the_device_has_for_it(
+    backend: str, dtype: str, rate: float, time: int, width: int, documents: bool, expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert default_implementation(jnp.dtype(dtype), rate, time, width, documents) == expected
 
 
 def test_without_a_word_it_is_the_default() -> None:
@@ -235,10 +283,12 @@ def test_cudnn_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) ->
         return str(caught.value)
 
     assert refusal() == "cudnn attention needs a GPU, and JAX runs on cpu here; leave it out."
+    with pytest.raises(InputError, match="triton attention needs a GPU, and JAX runs on cpu here"):
+        causal_attention(q, k, v, implementation="triton")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert "computes in 16 bits, not in float32" in refusal()
     assert "set the dropout to 0" in refusal(dropout_rate=0.1, dropout_keys_B=jax.random.split(jax.random.key(0), 2))
-    with pytest.raises(InputError, match="one of reference, blocks, cudnn, not 'flash'"):
+    with pytest.raises(InputError, match="one of reference, blocks, cudnn, triton, not 'flash'"):
         causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]
 
 

@@ -86,6 +86,22 @@ def test_token_nats_is_minus_the_logarithm_of_the_softmax() -> None:
     np.testing.assert_allclose(token_nats(jnp.array([[[0.0, 1e4]]]), jnp.array([[0]])), [[1e4]])
 
 
+def test_the_gradient_of_token_nats_is_that_of_the_formula() -> None:
+    random = np.random.default_rng(5)
+    logits = random.normal(size=(2, 7, 11)).astype(np.float32) * 5
+    targets = random.integers(11, size=(2, 7))
+    above = random.normal(size=(2, 7)).astype(np.float32)
+
+    def formula(logits: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(targets)[..., None], axis=-1)[..., 0]
+
+    for function in (lambda x: token_nats(x, targets), jax.jit(lambda x: token_nats(x, targets))):
+        values, pull_back = jax.vjp(function, logits)
+        expected, formula_pull_back = jax.vjp(formula, logits)
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pull_back(above)[0], formula_pull_back(above)[0], atol=2e-6)
+
+
 def test_names_of_tokens_mean_nothing() -> None:
     """Ids permuted together with embedding rows and head columns are the same model of the same text."""
     params, documents = lively(ODD), random_documents([1, 6, 15, 30])

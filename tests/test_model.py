@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from jaxlm import model
 from jaxlm.model import ModelConfig, Params, _rotate, count_parameters, flops_per_token, forward, init, num_parameters
 from jaxlm.tokenizers.base import InputError
 
@@ -540,3 +541,33 @@ def test_the_context_is_a_limit() -> None:
     assert logits_of(params, random_tokens(TINY), TINY).shape == (3, 9, 11)
     with pytest.raises(ValueError, match="10 tokens don't fit into a context of 9"):
         logits_of(params, random_tokens(TINY, time=10), TINY)
+
+
+@pytest.mark.parametrize("few", [4096, 5], ids=["a product", "sums"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_looking_up_rows_is_the_same_on_an_accelerator(few: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    table = jnp.asarray(random.normal(size=(13, 6)), dtype)
+    tokens = random.integers(11, size=(4, 9))  # some many times, some never
+    above = jnp.asarray(random.normal(size=(4, 9, 6)), dtype)
+    monkeypatch.setattr(model, "_FEW_IDS", few)
+    found = {}
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        rows, pull_back = jax.vjp(lambda table: model._look_up(table, tokens), table)
+        found[backend] = rows, *pull_back(above)
+    assert found["gpu"][1].dtype == dtype
+    np.testing.assert_array_equal(found["cpu"][0], found["gpu"][0])
+    exact = np.zeros((13, 6))
+    np.add.at(exact, tokens, np.asarray(above, np.float64))
+    np.testing.assert_allclose(
+        np.asarray(found["gpu"][1], np.float64), exact, rtol=1e-2 if dtype == "bfloat16" else 1e-5
+    )
+
+
+def test_the_slope_of_relu_is_told_from_its_result() -> None:
+    x = jnp.array([-3.0, -0.0, 0.0, 1e-30, 2.0, jnp.nan])
+    for ours, theirs in zip(jax.vjp(model._relu, x), jax.vjp(jax.nn.relu, x), strict=True):
+        if callable(ours):
+            ours, theirs = ours(jnp.ones(6))[0], theirs(jnp.ones(6))[0]
+        np.testing.assert_array_equal(ours, theirs)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.parallel import mean_gradients, one_at_a_time, sequences_at_once
+from jaxlm.parallel import compiler_options, mean_gradients, one_at_a_time, sequences_at_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -226,3 +226,18 @@ def test_several_devices_of_a_cpu_take_one_step_at_a_time(
     mesh = SimpleNamespace(size=size, devices=np.array([SimpleNamespace(platform=platform)] * size))
     one_at_a_time(mesh, "results")  # type: ignore[arg-type]
     assert waited == ["results"] * waits
+
+
+def test_options_for_gpus_are_for_gpus_alone_and_are_such_as_xla_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = compiler_options()
+    monkeypatch.undo()
+    assert options["xla_gpu_autotune_level"] == 0, "or a run could go on with other roundings"
+    for given in ({}, {"xla_gpu_there_is_no_such_option": 1}):
+        lowered = jax.jit(lambda x: x + 1).lower(1.0)
+        if given:
+            with pytest.raises(jax.errors.JaxRuntimeError, match="there_is_no_such_option"):
+                lowered.compile({**options, **given})
+        else:
+            assert lowered.compile(options)(1.0) == 2.0

@@ -43,7 +43,7 @@ def main() -> None:
         jaxlm.model.causal_attention = partial(causal_attention, implementation="reference")
         jaxlm.parallel.sequences_at_once = lambda batch_size, time: batch_size
     mesh = data_mesh(training.batch_size)
-    state = jax.jit(partial(init_state, model, training), out_shardings=replicated(mesh))()
+    state = jax.device_put(init_state(model, training), replicated(mesh))
     at_once = config["at_once"]
     shape = at_once, training.batch_size, model.context + 1
     tokens = np.random.default_rng(0).integers(model.vocab_size, size=shape).astype(np.int32)
