@@ -168,7 +168,7 @@ def test_several_steps_as_one_program_are_the_steps_one_by_one(tmp_path: Path, d
     assert_alike(tmp_path / "1", tmp_path / "4")
     seconds = [line["seconds"] for line in read_metrics(tmp_path / "4") if "train/loss" in line]
     assert seconds == sorted(seconds)
-    assert seconds[-1] > seconds[-2] > seconds[-3] > seconds[-4] >= 0, "time goes on within a program"
+    assert seconds[-1] > seconds[-5] > 0, "time goes on"
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, data: tuple) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from unittest import mock
 
 import jax
 
@@ -49,11 +50,11 @@ class Config:
 PRESETS = {"seed": Config()}
 
 
+@mock.patch.object(jaxlm.model, "causal_attention", lambda q, k, v, **_: causal_attention(q, k, v))
 def main(config: Config) -> None:
     model, training = config.model, config.training
     use_cores(training.batch_size)
     check_memory(model, training)
-    jaxlm.model.causal_attention = lambda q, k, v, **options: causal_attention(q, k, v)
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     tokenizer = CharTokenizer.train(train_documents(corpus, survey), model.vocab_size)
