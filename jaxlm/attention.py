@@ -22,6 +22,7 @@ IMPLEMENTATIONS = get_args(Implementation)
 
 _BLOCK = 64  # queries of a block
 _SEGMENTS = 16  # a program has so many pieces at most; a longer context has several blocks in each
+_WIDEST = 128  # of heads for which there is a fast kernel on a GPU
 _NEVER = -1e30  # the score of a key that may not be seen; finite, so that no row is all infinities
 
 
@@ -69,13 +70,17 @@ def default_implementation(
 ) -> Implementation:
     """blocks; but on a GPU cudnn for what it takes, and triton for the rest.
 
-    cudnn takes 16-bit inputs of an even length, with heads up to 128 wide, and no documents. Dropout on attention
-    weights it would draw in another way.
+    cudnn takes 16-bit inputs of an even length, heads of a multiple of 8 up to 128, and no documents. Dropout on
+    attention weights it would draw in another way. The block of a wider head doesn't fit into a multiprocessor.
     """
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or head_width > _WIDEST:
         return "blocks"
-    fits = jnp.dtype(dtype).itemsize == 2 and time % 2 == 0 and head_width % 8 == 0 and head_width <= 128
+    fits = jnp.dtype(dtype).itemsize == 2 and _fits_cudnn(time, head_width)
     return "cudnn" if fits and not dropout_rate and not has_documents else "triton"
+
+
+def _fits_cudnn(time: int, head_width: int) -> bool:
+    return time % 2 == 0 and head_width % 8 == 0 and head_width <= _WIDEST
 
 
 def attention_reference(
@@ -126,8 +131,11 @@ def _cudnn_attention(
     window: int | None,
     documents_BT: jax.Array | None,
 ) -> jax.Array:
-    if documents_BT is not None:
-        raise ValueError("cudnn attention takes no documents; use triton.")
+    if documents_BT is not None or not _fits_cudnn(q_BTHK.shape[1], q_BTHK.shape[3]):
+        raise InputError(
+            "cudnn attention takes an even number of tokens, heads whose width is a multiple of 8 up to 128, and no "
+            "documents; leave it out."
+        )
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BTGK,

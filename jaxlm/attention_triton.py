@@ -1,7 +1,7 @@
 """Causal attention in two Triton kernels, for GPUs: FlashAttention (Dao et al. 2022) with this project's dropout.
 
 Shapes as in `attention.py`; in a kernel Q queries and S keys, a block of each. A program takes a block of one head, and
-what it computes on the way never leaves its multiprocessor. The forward one takes its queries, over the blocks of
+what it computes on the way isn't written to memory. The forward one takes its queries, over the blocks of
 keys; the backward one its keys, over the blocks of queries, and then its queries, over the blocks of keys.
 """
 
@@ -36,7 +36,7 @@ def attention_triton(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention_reference`; products of float32 are rounded to tf32, which is JAX's default on a GPU too.
+    """As `attention_reference`; float32 operands of products are rounded to tf32, which is JAX's default on a GPU too.
 
     Args:
       interpret: run the kernels as plain JAX, on whatever device.
@@ -45,10 +45,12 @@ def attention_triton(
     # Padding comes after all positions, none of which sees it, and adds nothing to a product.
     late, wide = -time % _BLOCK, max(16, pl.next_power_of_2(width)) - width
     qkv = [jnp.pad(x, ((0, 0), (0, late), (0, 0), (0, wide))) for x in (q_BTHK, k_BTGK, v_BTGK)]
+    documents_B1T = None
     if documents_BT is not None:
-        documents_BT = jnp.pad(documents_BT, ((0, 0), (0, late)))[:, None]
+        documents_B1T = jnp.pad(documents_BT, ((0, 0), (0, late)))[:, None]
+    window = None if window is None or window >= time else window
     kernels = _Kernels(scale * math.log2(math.e), window, 0.0 if seeds_BH is None else dropout_rate, interpret)
-    return _attend(kernels, *qkv, documents_BT, seeds_BH)[:, :time, :, :width]
+    return _attend(kernels, *qkv, documents_B1T, seeds_BH)[:, :time, :, :width]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Shapes: B windows scored together, T = context.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from jaxlm.data.shards import TokenStream
 from jaxlm.model import ModelConfig, Params, forward
-from jaxlm.parallel import sharding_beside
+from jaxlm.parallel import compiler_options, sharding_beside
 from jaxlm.tokenizers.base import InputError
 
 WINDOWS_AT_ONCE = 32
@@ -51,7 +52,7 @@ def evaluate(
     divided = sharding_beside(params, WINDOWS_AT_ONCE)
 
     def score_windows(*windows: jax.Array) -> jax.Array:
-        return _score_window(params, config, *jax.device_put(windows, divided))
+        return _window_scorer()(params, config, *jax.device_put(windows, divided))
 
     nats = score_documents(score_windows, stream, end_of_text_id, config.context, num_documents=num_documents)
     num_bytes = stream.document_bytes[: len(nats)]
@@ -144,9 +145,15 @@ def _batched(
             yield np.array(owners), inputs_BT, targets_BT, scored_BT
 
 
-@partial(jax.jit, static_argnums=1)
-def _score_window(params: Params, config: ModelConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    return token_nats(forward(params, inputs_BT, config), targets_BT)
+@functools.cache
+def _window_scorer() -> Callable[[Params, ModelConfig, jax.Array, jax.Array], jax.Array]:
+    """Compiled as training steps are, but not before there is a device."""
+
+    @partial(jax.jit, static_argnums=1, compiler_options=compiler_options())
+    def score(params: Params, config: ModelConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return token_nats(forward(params, inputs_BT, config), targets_BT)
+
+    return score
 
 
 @jax.custom_vjp

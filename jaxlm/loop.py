@@ -69,15 +69,15 @@ def train(
     """Trains one run to `config.steps`, from its newest checkpoint if it has one, and returns the last state.
 
     A new run begins with `initial_params`, or with random ones. Nothing is written before all that can be wrong with
-    the input has been checked. Metrics are fetched one step late, so that the device has its next step before the host
-    looks at the last one.
+    the input has been checked. Metrics are fetched one program late, so that the device has its next one before
+    the host looks at the last.
 
     Raises:
       InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run,
         a run that has more steps already, or another process that trains it.
       RunFailed: a step was at fault, and the policy is to stop, or ten were in a row; the held-out loss isn't finite;
         or writing failed.
-      RunInterrupted: SIGINT, SIGTERM or SIGHUP came; the step was finished and saved.
+      RunInterrupted: SIGINT, SIGTERM or SIGHUP came; the steps under way were finished and saved.
     """
     (state,) = train_together([run], tokenizer, data, model, [config], TerminalReporter(), initial_params)
     if isinstance(state, RunFailed):
@@ -144,7 +144,7 @@ def train_together(
 
         def batches(step: int) -> Iterator[tuple[int, jax.Array]]:
             """For each program from `step` on, how many steps it takes, and their batches."""
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * max(sizes))
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * max(config.program_sizes(first)))
             rows = zip(*(stream[step : config.steps].to_iter_dataset(options) for stream in streams), strict=True)
             for size in config.programs(step):
                 batch = [_stacked(row) for row in itertools.islice(rows, size)]
@@ -171,8 +171,7 @@ def train_together(
             return lowered.compile(compiler_options())
 
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed(states))
-        sizes = set(itertools.islice(config.programs(first), 1_000))
-        for size in sizes:
+        for size in config.program_sizes(first):
             program(size)
         facts = _Facts(model, config)
         reporter.begin(first, config.steps, facts.lines)
@@ -184,9 +183,11 @@ def train_together(
             clock.start()
             for loop in loops:
                 loop.begin(facts.utilization)
-            for size, batch in batches(loops[0].step):
-                steps = range(loops[0].step + 1, loops[0].step + size + 1)
-                limits = limits_of(*(tuple(loop.faults.limit(step) for loop in loops) for step in steps))
+            done = loops[0].step
+            for size, batch in batches(done):
+                numbers = range(done + 1, done + size + 1)
+                done += size
+                limits = limits_of(*(tuple(loop.faults.limit(number) for loop in loops) for number in numbers))
                 state, metrics = program(size)(state, batch, limits)
                 one_at_a_time(mesh, metrics)
                 stop = signals.received
@@ -310,7 +311,9 @@ class _Loop:
         self.tokens_per_step = config.batch_size * model.context
         self.step = 0
         self.seconds_before = 0.0
-        self.pending: tuple[int, int, Metrics] | None = None  # the last step of a program, how many it took, and they
+        self.pending: tuple[int, int, Metrics] | None = (
+            None  # of the last program: its last step, how many, their metrics
+        )
         self.held_out: float | None = None
         self.best = math.inf
         self.tokens_per_second = math.nan
@@ -428,7 +431,7 @@ class _Loop:
 
     def _report_step(self, step: int, values: dict[str, float], seconds: float) -> None:
         if values.pop("skipped"):
-            self._fault(step, values)
+            self._fault(step, values, seconds)
             return
         self.faults.good(step, values["train/loss"])
         if step % self.config.log_every == 0 or step == self.config.steps:
@@ -437,9 +440,9 @@ class _Loop:
             speed = {"tokens_per_second": self.tokens_per_second, "mfu": self.tokens_per_second * self.utilization}
             self._log(step, seconds, **values, **speed)
 
-    def _fault(self, step: int, values: dict[str, float]) -> None:
+    def _fault(self, step: int, values: dict[str, float], seconds: float) -> None:
         """Logs a step that left the model as it was, and stops or goes back if that is the policy."""
-        self._log(step, self.seconds, **values, skipped=1, batch=step - 1)
+        self._log(step, seconds, **values, skipped=1, batch=step - 1)
         norms = f"gradient norm {values['grad_norm']:.4g}, weight norm {values['weight_norm']:.4g}"
         figures = f"batch {step - 1}, loss {values['train/loss']:.4g}, {norms}"
         if math.isfinite(limit := self.faults.limit(step)) and values["train/loss"] > limit:
@@ -523,7 +526,7 @@ class _Clock:
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGHUP are noted, for the loop to stop after its step; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP are noted, for the loop to stop after its program; a second one stops at once."""
 
     def __init__(self) -> None:
         self.received = False

@@ -308,7 +308,7 @@ def _rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
 
 
 def _look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The rows of tokens. JAX's own gradient adds row to row, for which, but on a CPU, rows would wait in line."""
+    """The rows of tokens. JAX's own gradient adds a token's rows one after the other, which only a CPU does fast."""
     if jax.default_backend() == "cpu":
         return jnp.take(table_VD, tokens_BT, axis=0)
     return _rows(table_VD, tokens_BT)

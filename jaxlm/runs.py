@@ -54,7 +54,8 @@ class Run:
 
     Args:
       path: the directory, which need not exist.
-      identity: what makes two runs the same: JSON-able, nested; equal identities on the same machine give equal bits.
+      identity: what makes two runs the same: JSON-able, nested; equal ones give equal bits on the same machine, if
+        settings beside it are equal too.
       defaults: what stands for a part of the identity of a run from before there was that part.
       accept: what may be another than it was when the run began; None if there is no choice.
 

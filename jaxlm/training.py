@@ -6,6 +6,7 @@ Shapes: B batch, T = context, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,6 +32,7 @@ from jaxlm.tokenizers.base import InputError, Tokenizer, check_text, check_types
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple["TrainState", Metrics]]
+_MOST_AT_ONCE = 1_000  # steps, whose batches are on the device together
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class TrainConfig:
             if not 1 <= getattr(self, name) <= LARGEST_INT:
                 raise InputError(f"{name} is from 1 to {LARGEST_INT}, not {getattr(self, name)}.")
         check_text(self.sample_prompt)
-        if self.steps_at_once is not None and not 1 <= self.steps_at_once <= LARGEST_INT:
-            raise InputError(f"steps_at_once is from 1 to {LARGEST_INT}, not {self.steps_at_once}.")
+        if self.steps_at_once is not None and not 1 <= self.steps_at_once <= _MOST_AT_ONCE:
+            raise InputError(f"steps_at_once is from 1 to {_MOST_AT_ONCE}, not {self.steps_at_once}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"The seed is from 0 to 4294967295, not {self.seed}.")
         if self.compute_type not in ("float32", "bfloat16"):
@@ -89,14 +91,23 @@ class TrainConfig:
         """
         most = self.steps_at_once or (1 if jax.default_backend() == "cpu" else 10)
         while step < self.steps:
-            every = self.eval_every, self.sample_every, self.checkpoint_every
-            due = min(self.steps, *((step // period + 1) * period for period in every))
+            due = min(self.steps, *((step // period + 1) * period for period in self._periods))
             size = most if step % most == 0 and step + most <= due and self.spike_factor is None else 1
             yield size
             step += size
 
+    def program_sizes(self, step: int) -> set[int]:
+        """Those that `programs` gives, without going to the end, which may be far."""
+        found = set(itertools.islice(self.programs(step), _MOST_AT_ONCE))
+        ends = step, self.steps, *(period for period in self._periods if period < self.steps)
+        return found | {1} if any(end % max(found, default=1) for end in ends) else found
+
+    @property
+    def _periods(self) -> tuple[int, int, int]:
+        return self.eval_every, self.sample_every, self.checkpoint_every
+
     def identity(self) -> dict[str, Any]:
-        """The part that decides about the result, faults excepted, whose policy may change while a run goes on.
+        """The part that decides about the result but for rounding, and but for what is done about faults.
 
         A constant schedule has no length, so such a run can be prolonged.
         """

@@ -147,11 +147,9 @@ def test_blocks_equal_the_reference_in_values_and_gradients(case: Case) -> None:
 
 
 TRITON_CASES = [
-    Case(7, heads=4, kv_heads=4, width=1),
     Case(131, width=20),
-    Case(64, heads=6, kv_heads=3, window=64, rate=0.5),
-    Case(65, heads=4, kv_heads=1, width=8, documents=5),
-    Case(260, heads=4, kv_heads=2, batch=1, window=70, documents=3, rate=0.3, scale=1.7),
+    Case(64, heads=3, kv_heads=1, window=2**31 - 1, rate=0.5),
+    Case(200, heads=4, kv_heads=2, batch=1, window=70, documents=3, rate=0.3, scale=1.7),
 ]
 
 
@@ -162,12 +160,13 @@ def test_triton_kernels_equal_the_reference_in_values_and_gradients(case: Case) 
     seeds = row_seeds(case.keys_B(), case.heads) if case.rate else None
     scale = case.width**-0.5 if case.scale is None else case.scale
 
-    def both(attention: Callable[..., jax.Array]) -> list[jax.Array]:
+    @partial(jax.jit, static_argnums=0, compiler_options=HASTE)
+    def both(attention: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
         rest = scale, case.window, case.documents_BT(), case.rate, seeds
-        values, pull_back = jax.vjp(lambda q, k, v: attention(q, k, v, *rest), *qkv)
+        values, pull_back = jax.vjp(lambda q, k, v: attention(q, k, v, *rest), q, k, v)
         return [values, *pull_back(above)]
 
-    triton, reference = both(partial(attention_triton, interpret=True)), both(attention_reference)
+    triton, reference = both(partial(attention_triton, interpret=True), *qkv), both(attention_reference, *qkv)
     for name, got, expected in zip(("values", "dq", "dk", "dv"), triton, reference, strict=True):
         assert got.shape == expected.shape
         np.testing.assert_allclose(got, expected, atol=5e-6 * max(1.0, np.abs(expected).max()), err_msg=name)
@@ -235,7 +234,7 @@ def temporary_bytes(implementation: Implementation, time: int) -> int:
 
 
 def test_memory_grows_with_the_context_and_that_of_the_reference_with_its_square() -> None:
-    times = (8_192, 16_384, 32_768)
+    times = (16_384, 32_768)
     blocks, reference = ([temporary_bytes(name, time) for time in times] for name in ("blocks", "reference"))
     for short, long in pairwise(blocks):
         assert 1.8 < long / short < 2.1
@@ -255,7 +254,7 @@ def test_memory_grows_with_the_context_and_that_of_the_reference_with_its_square
         ("gpu", "bfloat16", 0.1, 64, 32, False, "triton"),
         ("gpu", "bfloat16", 0.0, 63, 32, False, "triton"),
         ("gpu", "bfloat16", 0.0, 64, 33, False, "triton"),
-        ("gpu", "bfloat16", 0.0, 64, 256, False, "triton"),
+        ("gpu", "bfloat16", 0.0, 64, 256, False, "blocks"),
         ("gpu", "bfloat16", 0.0, 64, 32, True, "triton"),
     ],
 )
@@ -287,6 +286,9 @@ def test_cudnn_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) ->
         causal_attention(q, k, v, implementation="triton")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert "computes in 16 bits, not in float32" in refusal()
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    with pytest.raises(InputError, match="cudnn attention takes an even number of tokens, heads whose width"):
+        causal_attention(*half, implementation="cudnn")
     assert "set the dropout to 0" in refusal(dropout_rate=0.1, dropout_keys_B=jax.random.split(jax.random.key(0), 2))
     with pytest.raises(InputError, match="one of reference, blocks, cudnn, triton, not 'flash'"):
         causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]

@@ -191,7 +191,7 @@ def test_seeds_beyond_32_bits_are_seeds_of_their_own() -> None:
     assert len({str(batch) for batch in first}) == 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(30, 400), st.integers(2, 29), st.integers(1, 70), st.integers(0, 2**40), st.integers(1, 60),
     st.integers(0, 1000),

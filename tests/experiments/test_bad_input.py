@@ -183,7 +183,6 @@ ALLOWED: dict[str, tuple[float, ...]] = {
     "steps": (10**9,),
     "log_every": (10**9,), "eval_every": (10**9,), "sample_every": (10**9,), "checkpoint_every": (10**9,),  # never
     "eval_documents": (10**9,), "keep_checkpoints": (10**9,),  # all
-    "steps_at_once": (10**9,),  # one by one, as there are never so many without something due
     "dropout": (0,), "warmup_steps": (0,), "beta1": (0,), "beta2": (0,), "momentum": (0,),
     "learning_rate": (1e9, 1e18), "muon_learning_rate": (1e9, 1e18), "weight_decay": (0, 1e9, 1e18),
     "clip_norm": (1e9, 1e18), "spike_factor": (1e9, 1e18), "rope_base": (1e9, 1e18), "logit_cap": (1e9, 1e18),
