@@ -38,3 +38,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("JAXLM_CACHE", str(folder))
     return folder
+
+
+# To trace a test for coverage makes it a quarter slower. These are about machine code, which leaves no trace, or about
+# modules that other tests go through as well.
+UNTRACED = (
+    "test_attention", "test_bpe_engine", "test_bpe_split", "test_dropout", "test_measures", "test_model",
+    "test_moved_runs", "test_parallel", "test_statistics", "test_training",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in UNTRACED:
+            item.add_marker("no_cover")
