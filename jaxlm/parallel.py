@@ -46,11 +46,11 @@ def compiler_options() -> dict[str, Any]:
     if jax.default_backend() != "gpu":
         return {}
     return {
-        # Products by cuBLAS, by an algorithm of its choice. XLA would try many, which takes minutes for a large model,
-        # and might choose others, with other roundings, when a run goes on.
+        # Products by cuBLAS, by an algorithm of its choice. XLA would try many at each start, and when a run goes on it
+        # might choose others, with other roundings.
         "xla_gpu_autotune_level": 0,
         "xla_gpu_enable_triton_gemm": False,
-        # Small products that share an operand become one; to put large ones together costs more than it saves.
+        # Only small products that share an operand become one, as their operands and results are copied for it.
         "xla_gpu_dot_merger_threshold_mb": 16,
         # Kernels that don't need each other run side by side.
         "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
