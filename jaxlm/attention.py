@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxlm.dropout import keep_mask, row_seeds, weight_index
 from jaxlm.tokenizers.base import InputError
 
-Implementation = Literal["reference", "blocks", "cudnn", "triton"]
+Implementation = Literal["reference", "blocks", "numba", "cudnn", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
 
 _BLOCK = 64  # queries of a block
@@ -62,21 +62,32 @@ def causal_attention(
     attend = attention_reference if implementation == "reference" else _blockwise_attention
     if implementation == "triton":
         from jaxlm.attention_triton import attention_triton as attend  # pallas takes its time to import
+    if implementation == "numba":
+        from jaxlm.attention_numba import attention_numba as attend  # and so does numba
     return attend(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT, dropout_rate, seeds_BH)
 
 
 def default_implementation(
     dtype: Any, dropout_rate: float, time: int, head_width: int, has_documents: bool = False
 ) -> Implementation:
-    """blocks; but on a GPU cudnn for what it takes, and triton for the rest.
+    """numba on a CPU; cudnn on a GPU for what it takes, and triton for the rest; blocks where none of them can be.
 
-    cudnn takes 16-bit inputs of an even length, heads of a multiple of 8 up to 128, and no documents. Dropout on
-    attention weights it would draw in another way. The block of a wider head doesn't fit into a multiprocessor.
+    numba computes in float32, and needs its compiler (NUMBA_DISABLE_JIT turns it off). cudnn takes 16-bit inputs of an
+    even length, heads of a multiple of 8 up to 128, and no documents. Dropout on attention weights it would draw in
+    another way. The block of a wider head doesn't fit into a multiprocessor.
     """
+    if jax.default_backend() == "cpu":
+        return "numba" if _has_numba() and jnp.dtype(dtype).itemsize <= 4 else "blocks"
     if jax.default_backend() != "gpu" or head_width > _WIDEST:
         return "blocks"
     fits = jnp.dtype(dtype).itemsize == 2 and _fits_cudnn(time, head_width)
     return "cudnn" if fits and not dropout_rate and not has_documents else "triton"
+
+
+def _has_numba() -> bool:
+    from jaxlm.machine_code import COMPILED  # numba takes its time to import
+
+    return COMPILED
 
 
 def _fits_cudnn(time: int, head_width: int) -> bool:
@@ -116,6 +127,13 @@ def check_implementation(implementation: Implementation | None, dtype: Any, drop
         raise InputError(
             f"{implementation} attention needs a GPU, and JAX runs on {jax.default_backend()} here; leave it out."
         )
+    if implementation == "numba":
+        if jax.default_backend() != "cpu":
+            raise InputError(
+                f"numba attention needs a CPU, and JAX runs on {jax.default_backend()} here; leave it out."
+            )
+        if not _has_numba():
+            raise InputError("numba attention needs numba's compiler, and NUMBA_DISABLE_JIT turns it off; unset it.")
     if implementation == "cudnn":
         if dropout_rate:
             raise InputError("cudnn attention takes no dropout on attention weights here; set the dropout to 0.")

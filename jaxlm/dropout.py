@@ -38,7 +38,12 @@ def keep_mask(seeds: jax.Array, index: jax.Array, rate: float) -> jax.Array:
     """
     x = (seeds ^ index) * jnp.uint32(0x7FEB352D)
     x = (x ^ x >> 15) * jnp.uint32(0x846CA68B)
-    return x >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return x >= jnp.uint32(threshold(rate))
+
+
+def threshold(rate: float) -> int:
+    """The least hash that is kept."""
+    return min(round(rate * 2**32), 2**32 - 1)
 
 
 def weight_index(query: jax.Array, key: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from jaxlm.data.shards import TokenStream
 from jaxlm.model import ModelConfig, Params, forward
-from jaxlm.parallel import compiler_options, sharding_beside
+from jaxlm.parallel import compiler_options, divided, sharding_beside
 from jaxlm.tokenizers.base import InputError
 
 WINDOWS_AT_ONCE = 32
@@ -49,10 +50,11 @@ def evaluate(
     params: Params, config: ModelConfig, stream: TokenStream, end_of_text_id: int, *, num_documents: int | None = None
 ) -> Evaluation:
     """Scores the first `num_documents` documents of `stream` (None: all), each alone, after one end-of-text token."""
-    divided = sharding_beside(params, WINDOWS_AT_ONCE)
+    sharding = sharding_beside(params, WINDOWS_AT_ONCE)
+    mesh = sharding.mesh if sharding else None
 
     def score_windows(*windows: jax.Array) -> jax.Array:
-        return _window_scorer()(params, config, *jax.device_put(windows, divided))
+        return _window_scorer()(params, config, mesh, jax.device_put(windows, sharding))
 
     nats = score_documents(score_windows, stream, end_of_text_id, config.context, num_documents=num_documents)
     num_bytes = stream.document_bytes[: len(nats)]
@@ -146,12 +148,16 @@ def _batched(
 
 
 @functools.cache
-def _window_scorer() -> Callable[[Params, ModelConfig, jax.Array, jax.Array], jax.Array]:
+def _window_scorer() -> Callable[..., jax.Array]:
     """Compiled as training steps are, but not before there is a device."""
 
-    @partial(jax.jit, static_argnums=1, compiler_options=compiler_options())
-    def score(params: Params, config: ModelConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return token_nats(forward(params, inputs_BT, config), targets_BT)
+    @partial(jax.jit, static_argnums=(1, 2), compiler_options=compiler_options())
+    def score(params: Params, config: ModelConfig, mesh: Any, windows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def nats(params: Params, windows: tuple[jax.Array, jax.Array]) -> jax.Array:
+            inputs_BT, targets_BT = windows
+            return token_nats(forward(params, inputs_BT, config), targets_BT)
+
+        return divided(nats, mesh)(params, windows)
 
     return score
 

@@ -184,6 +184,17 @@ def mean_gradients(
     )(params, batch, keys_B)
 
 
+def divided(function: Callable[[Any, Any], jax.Array], mesh: Mesh | None) -> Callable[[Any, Any], jax.Array]:
+    """`function` of parameters and a batch, entry by entry, each device taking its share; None: as it is.
+
+    Left to itself, XLA would divide what it knows how to, which a kernel of ours isn't.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    among = PartitionSpec(_DATA)
+    return jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), among), out_specs=among, check_vma=False)
+
+
 def share_among(
     mesh: Mesh | None, function: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
 ) -> list[jax.Array]:

@@ -89,7 +89,7 @@ def attention_by_hand(case: Case, q: Float32, k: Float32, v: Float32) -> npt.NDA
     return out
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "numba"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -103,15 +103,15 @@ def attention_by_hand(case: Case, q: Float32, k: Float32, v: Float32) -> npt.NDA
     ],
     ids=["plain", "one position", "groups", "window of one", "window", "documents", "all"],
 )
-def test_both_are_the_formula(case: Case, implementation: Implementation) -> None:
+def test_all_are_the_formula(case: Case, implementation: Implementation) -> None:
     attention = jax.jit(case.attention(implementation))
     qkv = case.arrays()[:3]
     found = attention(*qkv, case.documents_BT(), None)
     np.testing.assert_allclose(found, attention_by_hand(case, *qkv), atol=3e-6)
 
 
-# Around the edges of the blocks of 64 queries: within one, exactly one, one more, several with a rest. Above 1,024, a
-# segment of the program has several blocks: two at 1,100 and three at 2,300.
+# Around the edges of the blocks of 64 queries, and of 16 or 32 in kernels: within one, exactly one, one more, several
+# with a rest. Above 1,024, a segment of the program has several blocks: two at 1,100 and three at 2,300.
 CASES = [
     *(Case(time) for time in (1, 2, 63, 64, 131)),
     Case(7, heads=4, kv_heads=4, width=1),
@@ -121,6 +121,8 @@ CASES = [
     Case(128, heads=2, kv_heads=1, window=1, rate=0.1),
     Case(129, heads=4, kv_heads=2, window=65, documents=3, rate=0.3, scale=1.7),
     Case(200, window=300, rate=0.9),
+    Case(131, heads=4, kv_heads=2, width=33, window=32, documents=3, rate=0.1),
+    Case(97, heads=2, kv_heads=1, width=64),
     Case(1100, heads=4, kv_heads=2, batch=1, window=100, documents=6, rate=0.2),
     Case(1100, heads=2, kv_heads=1, rate=0.5),
     Case(2300, heads=1, kv_heads=1, batch=1, window=700, documents=3),
@@ -128,22 +130,25 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_blocks_equal_the_reference_in_values_and_gradients(case: Case) -> None:
+def test_blocks_and_kernels_equal_the_reference_in_values_and_gradients(case: Case) -> None:
     *qkv, above = case.arrays()
 
     @partial(jax.jit, compiler_options=HASTE)
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, above: jax.Array, *rest: jax.Array) -> list[list[jax.Array]]:
+    def all_of_them(
+        q: jax.Array, k: jax.Array, v: jax.Array, above: jax.Array, *rest: jax.Array
+    ) -> list[list[jax.Array]]:
         outputs = []
-        for implementation in ("blocks", "reference"):
+        for implementation in ("blocks", "numba", "reference"):
             attention = case.attention(implementation)
             values, pull_back = jax.vjp(lambda q, k, v, f=attention: f(q, k, v, *rest), q, k, v)
             outputs.append([values, *pull_back(above)])
         return outputs
 
-    blocks, reference = both(*qkv, above, case.documents_BT(), case.keys_B())
-    for name, got, expected in zip(("values", "dq", "dk", "dv"), blocks, reference, strict=True):
-        assert got.shape == expected.shape
-        np.testing.assert_allclose(got, expected, atol=3e-6 * max(1.0, np.abs(expected).max()), err_msg=name)
+    *fast, reference = all_of_them(*qkv, above, case.documents_BT(), case.keys_B())
+    for found in fast:
+        for name, got, expected in zip(("values", "dq", "dk", "dv"), found, reference, strict=True):
+            assert got.shape == expected.shape
+            np.testing.assert_allclose(got, expected, atol=3e-6 * max(1.0, np.abs(expected).max()), err_msg=name)
 
 
 TRITON_CASES = [
@@ -182,7 +187,7 @@ def test_triton_kernels_keep_sixteen_bits() -> None:
         assert np.linalg.norm(got.astype(jnp.float32) - exact) < 0.01 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "numba"])
 def test_large_scores_neither_overflow_nor_lose_precision(implementation: Implementation) -> None:
     """Scores of whole numbers are exact, so a softmax that subtracts the highest is as good as with small ones."""
     case = Case(130, scale=1.0)
@@ -196,7 +201,7 @@ def test_large_scores_neither_overflow_nor_lose_precision(implementation: Implem
     assert all(np.isfinite(gradient).all() for gradient in pull_back(above))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "numba"])
 def test_no_position_sees_a_later_one(implementation: Implementation) -> None:
     q, k, v, above = Case(131).arrays()
     attention = partial(attend, implementation=implementation)
@@ -235,18 +240,21 @@ def temporary_bytes(implementation: Implementation, time: int) -> int:
 
 def test_memory_grows_with_the_context_and_that_of_the_reference_with_its_square() -> None:
     times = (16_384, 32_768)
-    blocks, reference = ([temporary_bytes(name, time) for time in times] for name in ("blocks", "reference"))
-    for short, long in pairwise(blocks):
+    blocks, kernels, reference = (
+        [temporary_bytes(name, time) for time in times] for name in ("blocks", "numba", "reference")
+    )
+    for short, long in (*pairwise(blocks), *pairwise(kernels)):
         assert 1.8 < long / short < 2.1
     for short, long in pairwise(reference):
         assert 3.8 < long / short < 4.2
-    assert blocks[-1] < 128 * 2**20 < 8 * 2**30 < reference[-1]
+    assert max(blocks[-1], kernels[-1]) < 128 * 2**20 < 8 * 2**30 < reference[-1]
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "rate", "time", "width", "documents", "expected"),
     [
-        *(("cpu", dtype, rate, 64, 32, False, "blocks") for dtype in ("float32", "bfloat16") for rate in (0.0, 0.1)),
+        *(("cpu", dtype, rate, 64, 32, False, "numba") for dtype in ("float32", "bfloat16") for rate in (0.0, 0.1)),
+        ("cpu", "float64", 0.0, 64, 32, False, "blocks"),
         ("tpu", "bfloat16", 0.0, 64, 32, False, "blocks"),
         ("gpu", "bfloat16", 0.0, 64, 32, False, "cudnn"),
         ("gpu", "float16", 0.0, 64, 32, False, "cudnn"),
@@ -268,9 +276,27 @@ def test_the_default_is_what_the_device_has_for_it(
 
 def test_without_a_word_it_is_the_default() -> None:
     q, k, v, _ = Case(70).arrays()
-    blocks = attend(q, k, v, implementation="blocks")
-    np.testing.assert_array_equal(attend(q, k, v), blocks)
-    assert not np.array_equal(attend(q, k, v, implementation="reference"), blocks)  # roundings tell them apart
+    kernels = attend(q, k, v, implementation="numba")
+    np.testing.assert_array_equal(attend(q, k, v), kernels)
+    for other in ("reference", "blocks"):
+        assert not np.array_equal(attend(q, k, v, implementation=other), kernels)  # roundings tell them apart
+
+
+def test_without_the_compiler_it_is_blocks_and_numba_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxlm.machine_code.COMPILED", False)
+    assert default_implementation(jnp.dtype("float32"), 0.0, 64, 32) == "blocks"
+    with pytest.raises(InputError, match="NUMBA_DISABLE_JIT turns it off; unset it"):
+        causal_attention(*Case(7).arrays()[:3], implementation="numba")
+
+
+def test_kernels_keep_sixteen_bits_and_may_be_mapped() -> None:
+    q, k, v, above = (jnp.asarray(x, jnp.bfloat16) for x in Case(70, heads=4, kv_heads=2, width=16).arrays())
+    values, pull_back = jax.vjp(partial(attend, implementation="numba"), q, k, v)
+    gradients = pull_back(above)
+    assert {x.dtype for x in (values, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    mapped, pull_back = jax.vjp(jax.vmap(partial(attend, implementation="numba")), q[:, None], k[:, None], v[:, None])
+    for one, together in zip((values, *gradients), (mapped, *pull_back(above[:, None])), strict=True):
+        np.testing.assert_array_equal(together[:, 0], one)
 
 
 def test_cudnn_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,12 +311,14 @@ def test_cudnn_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InputError, match="triton attention needs a GPU, and JAX runs on cpu here"):
         causal_attention(q, k, v, implementation="triton")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(InputError, match="numba attention needs a CPU, and JAX runs on gpu here"):
+        causal_attention(q, k, v, implementation="numba")
     assert "computes in 16 bits, not in float32" in refusal()
     half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
     with pytest.raises(InputError, match="cudnn attention takes an even number of tokens, heads whose width"):
         causal_attention(*half, implementation="cudnn")
     assert "set the dropout to 0" in refusal(dropout_rate=0.1, dropout_keys_B=jax.random.split(jax.random.key(0), 2))
-    with pytest.raises(InputError, match="one of reference, blocks, cudnn, triton, not 'flash'"):
+    with pytest.raises(InputError, match="one of reference, blocks, numba, cudnn, triton, not 'flash'"):
         causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]
 
 
@@ -307,7 +335,7 @@ def weights_of(
     return np.asarray(attend(q_BTHK, k_BTGK, identity, dropout_rate=rate, dropout_keys_B=keys_B, implementation=name))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "numba"])
 def test_without_a_rate_or_without_keys_nothing_is_dropped(implementation: Implementation) -> None:
     q, k, v, _ = Case(65).arrays()
     attention = partial(attend, q, k, v, implementation=implementation)
@@ -317,7 +345,7 @@ def test_without_a_rate_or_without_keys_nothing_is_dropped(implementation: Imple
     assert not np.array_equal(attention(dropout_rate=0.5, dropout_keys_B=keys_B), attention())
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "numba"])
 def test_dropout_acts_on_the_attention_weights_each_by_itself(implementation: Implementation) -> None:
     time, rate = 100, 0.25
     q, k, *_ = Case(time, width=time).arrays()
@@ -341,7 +369,7 @@ def test_dropout_acts_on_the_attention_weights_each_by_itself(implementation: Im
         assert (first == second)[seen].mean() == pytest.approx(by_chance, abs=0.03)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "numba"])
 def test_the_mean_over_many_masks_is_attention_without_dropout(implementation: Implementation) -> None:
     count, rate = 5000, 0.4
     q, k, v, _ = (np.broadcast_to(x, (count, *x.shape[1:])) for x in Case(8, kv_heads=1, batch=1).arrays())
@@ -354,7 +382,7 @@ def test_the_mean_over_many_masks_is_attention_without_dropout(implementation: I
     assert np.square(errors).mean() < 2.0
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "numba"])
 def test_a_sequence_has_the_same_weights_dropped_in_whatever_batch(implementation: Implementation) -> None:
     q, k, v, _ = Case(70, batch=3).arrays()
     keys_B = jax.random.split(jax.random.key(11), 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxlm.machine_code import inlined, kernel
 from jaxlm.tokenizers.bpe_kernels import (
     TEXT_END,
     VALUE,
@@ -12,8 +13,6 @@ from jaxlm.tokenizers.bpe_kernels import (
     chunk_table,
     enter_chunk,
     find_slot,
-    inlined,
-    kernel,
     row_key,
 )
 from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.tokenizers.bpe_kernels import kernel, load8, store8
+from jaxlm.machine_code import kernel
+from jaxlm.tokenizers.bpe_kernels import load8, store8
 
 
 def decode_ids(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from jaxlm.machine_code import inlined, kernel
 from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_kernels import (
     LONG,
@@ -22,8 +23,6 @@ from jaxlm.tokenizers.bpe_kernels import (
     chunk_table,
     enter_chunk,
     find_slot,
-    inlined,
-    kernel,
     replace_pair,
 )
 from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks

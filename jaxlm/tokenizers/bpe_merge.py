@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from jaxlm.machine_code import kernel
 from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import (
@@ -31,7 +32,6 @@ from jaxlm.tokenizers.bpe_kernels import (
     TEXT_END,
     VALUE,
     chunk_place,
-    kernel,
     prefetch,
     replace_pair,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.tokenizers.bpe_kernels import kernel
+from jaxlm.machine_code import kernel
 
 # Columns of the table of pairs: an upper bound of the count, left << 32 | right, where its list of places begins in the
 # array of all lists, how long it is, and the next pair of the same bucket.

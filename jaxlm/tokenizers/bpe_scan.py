@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.tokenizers.bpe_kernels import TEXT_END, kernel, load8
+from jaxlm.machine_code import kernel
+from jaxlm.tokenizers.bpe_kernels import TEXT_END, load8
 
 # One bit a class, so that a set of classes is their sum. END, which is in no set, is the class of the byte 0xFF.
 UPPER, LOWER, LETTER, MARK, NUMBER, SPACE, NEWLINE, OTHER = (1 << bit for bit in range(8))

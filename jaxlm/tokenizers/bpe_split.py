@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from jaxlm.machine_code import kernel
 from jaxlm.tokenizers import bpe_reference
 from jaxlm.tokenizers.base import InputError, check_text, shown
-from jaxlm.tokenizers.bpe_kernels import TEXT_END, kernel
+from jaxlm.tokenizers.bpe_kernels import TEXT_END
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS
 from jaxlm.tokenizers.bpe_scan import LETTERS, MARK, character_classes, gpt2_end, gpt4_end, o200k_end
 

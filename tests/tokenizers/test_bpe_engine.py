@@ -527,7 +527,7 @@ def start(root: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
 
 def test_compiled_twice_at_once_once_again_and_not_at_all(tmp_path: Path) -> None:
     """Two processes that compile into one folder, a third that finds what they left, and one that compiles nothing."""
-    notice = "compiling the BPE engine"
+    notice = "compiling kernels"
     at_once = [start(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     answers = [process.communicate(timeout=300) for process in at_once]
     again = start(NUMBA_CACHE_DIR=str(tmp_path)).communicate(timeout=300)
@@ -576,7 +576,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     environment = {"NUMBA_CACHE_DIR": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere}
     output, errors = start(tmp_path, **environment, PYTHONDONTWRITEBYTECODE="1").communicate(timeout=300)
     assert output.startswith("[("), errors
-    assert errors.count("compiling the BPE engine") == 1 and len(errors.splitlines()) == 1
+    assert errors.count("compiling kernels") == 1 and len(errors.splitlines()) == 1
 
 
 # ---- whole chunks that are long, or that no text can hold

@@ -1,0 +1,417 @@
+"""Causal attention in two kernels for CPUs: FlashAttention (Dao et al. 2022) in the registers of one core.
+
+Queries go in blocks of two vectors. Scores stand transposed, a row for each key and a lane for each query, so that
+sums and maxima over keys are those of whole vectors. Two matrices are multiplied four rows at a time, the results of
+which stay in registers. Nothing is stored but the results, and, for the backward pass, two numbers for each query.
+
+A device takes its batch on one core: all of them are busy where there is a device for each.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.dropout import threshold
+from jaxlm.lanes import (
+    LANES,
+    exp2,
+    floats,
+    fma,
+    lane_numbers,
+    load,
+    load_one,
+    maximum,
+    store,
+    transpose,
+    uints,
+    where,
+)
+from jaxlm.machine_code import inlined, kernel
+from jaxlm.xla_calls import dimension, integer, is_question, number, operand, operand_of_uints, register, result
+
+_BLOCK = 2 * LANES  # queries, and keys in the backward pass
+_KEYS = 4 * _BLOCK  # keys at once in the forward pass: with their scores they fit into the first cache
+_ROWS = 4  # of a product in registers
+_NEVER = np.float32(-1e30)  # the score of a key that may not be seen
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_LOG2_E = math.log2(math.e)
+
+
+def attention_numba(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    scale: float,
+    window: int | None = None,
+    documents_BT: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    seeds_BH: jax.Array | None = None,
+) -> jax.Array:
+    """As `attention.attention_reference`, computed in float32. On CPUs alone."""
+    time = q_BTHK.shape[1]
+    documents_BT = jnp.zeros((0, 0), jnp.int32) if documents_BT is None else documents_BT.astype(jnp.int32)
+    documents_BT = jnp.pad(documents_BT, ((0, 0), (0, _padded(time) - time if len(documents_BT) else 0)))
+    if seeds_BH is None:
+        seeds_BH, dropout_rate = jnp.zeros((0, 0), jnp.uint32), 0.0
+    settings = scale, time if window is None else min(window, time), dropout_rate
+    q, k, v = (x.astype(jnp.float32) for x in (q_BTHK, k_BTGK, v_BTGK))
+    return _attend(settings, q, k, v, documents_BT, seeds_BH).astype(v_BTGK.dtype)
+
+
+def _padded(size: int) -> int:
+    """The next multiple of a block, of positions or of a head's width."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings: Any, *inputs: jax.Array) -> jax.Array:
+    return _attend_forward(settings, *inputs)[0]
+
+
+def _call(name: str, settings: Any, results: list[Any], scratch_size: int, *operands: jax.Array) -> Any:
+    """A kernel, which has its working memory from XLA as another result."""
+    scale, window, rate = settings
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [*results, (scratch_size,)]]
+    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+    limit = threshold(rate) if rate else 0
+    return call(
+        *operands, rate=np.float32(rate), scale=np.float32(scale), threshold=np.int64(limit), window=np.int64(window)
+    )[:-1]
+
+
+def _attend_forward(settings: Any, q: jax.Array, k: jax.Array, v: jax.Array, documents: Any, seeds: Any) -> Any:
+    batch, time, heads, head_width = q.shape
+    length, width = _padded(time), _padded(head_width)
+    scratch = 2 * length * width + 2 * _BLOCK * width + _KEYS * _BLOCK
+    of_queries = batch, heads, length
+    out, highest, sums = _call(
+        "jaxlm_attention_forward", settings, [q.shape, of_queries, of_queries], scratch, q, k, v, documents, seeds
+    )
+    return out, (q, k, v, documents, seeds, out, highest, sums)
+
+
+def _attend_backward(settings: Any, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
+    q, k, v, *_ = saved
+    length, width = _padded(q.shape[1]), _padded(q.shape[3])
+    scratch = 4 * length * width + 6 * _BLOCK * width + 2 * _BLOCK * _BLOCK + _BLOCK * LANES + _BLOCK
+    gradients = _call("jaxlm_attention_backward", settings, [q.shape, k.shape, v.shape], scratch, *saved, d_out)
+    return *gradients, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# ---- pieces of both kernels. All matrices are flat arrays, rows of a fixed distance.
+
+
+@inlined
+def _product(c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_row, rows, steps, add):
+    """c = a b, or c += a b, for so many rows of c, two vectors of its columns, and so many products in each sum.
+
+    c_at: where the first number is; c_row: how far apart rows are; a_step: and numbers of a row, since `a` may lie in
+    either order. Four rows at a time, as so many sums fit into registers.
+    """
+    for row in range(0, rows, _ROWS):
+        c0, a0 = c_at + row * c_row, a_at + row * a_row
+        c1, c2, c3 = c0 + c_row, c0 + 2 * c_row, c0 + 3 * c_row
+        a1, a2, a3 = a0 + a_row, a0 + 2 * a_row, a0 + 3 * a_row
+        s00 = s01 = s10 = s11 = s20 = s21 = s30 = s31 = floats(_ZERO)
+        if add:
+            s00, s01, s10, s11 = load(c, c0), load(c, c0 + LANES), load(c, c1), load(c, c1 + LANES)
+            s20, s21, s30, s31 = load(c, c2), load(c, c2 + LANES), load(c, c3), load(c, c3 + LANES)
+        for step in range(steps):
+            b0, b1 = load(b, b_at + step * b_row), load(b, b_at + step * b_row + LANES)
+            x = load_one(a, a0 + step * a_step)
+            s00, s01 = fma(x, b0, s00), fma(x, b1, s01)
+            x = load_one(a, a1 + step * a_step)
+            s10, s11 = fma(x, b0, s10), fma(x, b1, s11)
+            x = load_one(a, a2 + step * a_step)
+            s20, s21 = fma(x, b0, s20), fma(x, b1, s21)
+            x = load_one(a, a3 + step * a_step)
+            s30, s31 = fma(x, b0, s30), fma(x, b1, s31)
+        _store_two(c, c0, s00, s01)
+        _store_two(c, c1, s10, s11)
+        _store_two(c, c2, s20, s21)
+        _store_two(c, c3, s30, s31)
+
+
+@inlined
+def _store_two(array, index, first, second):
+    store(array, index, first)
+    store(array, index + LANES, second)
+
+
+@kernel
+def _clear(array):
+    for index in range(len(array)):
+        array[index] = _ZERO
+
+
+@kernel
+def _copy_rows(source, at, stride, target, target_at, target_stride, rows, width, factor):
+    """target = factor source, for so many rows of so many numbers."""
+    in_vectors = width // LANES * LANES
+    for row in range(rows):
+        a, b = at + row * stride, target_at + row * target_stride
+        for column in range(0, in_vectors, LANES):
+            store(target, b + column, load(source, a + column) * floats(factor))
+        for column in range(in_vectors, width):
+            target[b + column] = source[a + column] * factor
+
+
+@kernel
+def _transpose(source, rows, columns, target):
+    """The transpose of a matrix, both numbers being multiples of LANES."""
+    for row in range(0, rows, LANES):
+        for column in range(0, columns, LANES):
+            transpose(source, row * columns + column, columns, target, column * rows + row, rows)
+
+
+@inlined
+def _hide(scores, keys, query, key, window, documents, documents_at):
+    """Sets the scores of those keys to _NEVER that a query may not see. `query`, `key`: the first ones."""
+    for row in range(keys):
+        for half in range(0, _BLOCK, LANES):
+            at = row * _BLOCK + half
+            score = load(scores, at)
+            # A key after the query is a large number of positions before it, without a sign.
+            before = lane_numbers() + uints(query + half - key - row)
+            score = where(before < uints(window), score, floats(_NEVER))
+            if len(documents):
+                there, here = (
+                    load(documents, documents_at + query + half),
+                    load_one(documents, documents_at + key + row),
+                )
+                score = where(there ^ here < uints(1), score, floats(_NEVER))
+            store(scores, at, score)
+
+
+@inlined
+def _is_kept(seed, query, key, limit):
+    """Whether dropout keeps the weight of this key for LANES queries: `dropout.keep_mask` of `dropout.weight_index`."""
+    queries = (lane_numbers() + uints(query)) * uints(0x10001)
+    x = (seed ^ queries + uints(key) * uints(0x9E3779B9)) * uints(0x7FEB352D)
+    x = (x ^ x >> uints(15)) * uints(0x846CA68B)
+    return uints(limit) <= x
+
+
+# ---- the kernels
+
+
+@kernel
+def _forward(
+    q, k, v, documents, seeds, out, highest, sums, scratch, batch, time, heads, groups, head_width, scale, window,
+    limit, rate,
+):  # fmt: skip
+    length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
+    depth = -(-head_width // _ROWS) * _ROWS
+    size = length * width
+    keys, values = scratch[:size], scratch[size : 2 * size]
+    rows = scratch[2 * size : 2 * size + _BLOCK * width]
+    columns = scratch[2 * size + _BLOCK * width : 2 * size + 2 * _BLOCK * width]
+    scores = scratch[2 * size + 2 * _BLOCK * width :]
+    _clear(scratch)
+    factor = floats(np.float32(_LOG2_E))
+    kept = floats(_ONE / (_ONE - rate))
+    for sequence in range(batch):
+        for head in range(heads):
+            group, sharing = head * groups // heads, heads // groups
+            if head % sharing == 0:
+                start = (sequence * time * groups + group) * head_width
+                _copy_rows(k, start, groups * head_width, keys, 0, width, time, head_width, scale)
+                _copy_rows(v, start, groups * head_width, values, 0, width, time, head_width, _ONE)
+            row = sequence * heads + head
+            for query in range(0, time, _BLOCK):
+                number = min(_BLOCK, time - query)
+                start = ((sequence * time + query) * heads + head) * head_width
+                _copy_rows(q, start, heads * head_width, rows, 0, width, number, head_width, _ONE)
+                _transpose(rows, _BLOCK, width, columns)
+                high0 = high1 = floats(_NEVER)
+                sum0 = sum1 = floats(_ZERO)
+                _clear(rows)
+                first = max(0, query - window + 1) // _BLOCK * _BLOCK
+                for key in range(first, query + _BLOCK, _KEYS):
+                    count = min(_KEYS, query + _BLOCK - key)
+                    _product(
+                        scores, 0, _BLOCK, keys, key * width, width, 1, columns, 0, _BLOCK, count, depth, False
+                    )  # fmt: skip
+                    if key + count > query or query + _BLOCK - key > window or len(documents):
+                        _hide(scores, count, query, key, window, documents, sequence * length)
+                    new0, new1 = high0, high1
+                    for r in range(0, count * _BLOCK, _BLOCK):
+                        new0, new1 = maximum(new0, load(scores, r)), maximum(new1, load(scores, r + LANES))
+                    less0, less1 = exp2((high0 - new0) * factor), exp2((high1 - new1) * factor)
+                    high0, high1 = new0, new1
+                    sum0, sum1 = sum0 * less0, sum1 * less1
+                    for r in range(count):
+                        at = r * _BLOCK
+                        weight0 = exp2((load(scores, at) - high0) * factor)
+                        weight1 = exp2((load(scores, at + LANES) - high1) * factor)
+                        sum0, sum1 = sum0 + weight0, sum1 + weight1
+                        if limit:
+                            seed = load_one(seeds, row)
+                            kept0 = _is_kept(seed, query, key + r, limit)
+                            kept1 = _is_kept(seed, query + LANES, key + r, limit)
+                            weight0 = where(kept0, weight0 * kept, floats(_ZERO))
+                            weight1 = where(kept1, weight1 * kept, floats(_ZERO))
+                        _store_two(scores, at, weight0, weight1)
+                    for at in range(0, depth * _BLOCK, _BLOCK):
+                        _store_two(rows, at, load(rows, at) * less0, load(rows, at + LANES) * less1)
+                    _product(rows, 0, _BLOCK, values, key * width, 1, width, scores, 0, _BLOCK, depth, count, True)
+                for at in range(0, depth * _BLOCK, _BLOCK):
+                    _store_two(rows, at, load(rows, at) / sum0, load(rows, at + LANES) / sum1)
+                _transpose(rows, width, _BLOCK, columns)
+                _copy_rows(columns, 0, width, out, start, heads * head_width, number, head_width, _ONE)
+                _clear(rows)
+                at = row * length + query
+                _store_two(highest, at, high0, high1)
+                _store_two(sums, at, sum0, sum1)
+
+
+@kernel
+def _backward(
+    q, k, v, documents, seeds, out, highest, sums, d_out, dq, dk, dv, scratch, batch, time, heads, groups, head_width,
+    scale, window, limit, rate,
+):  # fmt: skip
+    length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
+    depth = -(-head_width // _ROWS) * _ROWS
+    size, block = length * width, _BLOCK * width
+    keys, values = scratch[:size], scratch[size : 2 * size]
+    d_keys, d_values = scratch[2 * size : 3 * size], scratch[3 * size : 4 * size]
+    rest = scratch[4 * size :]
+    rows, columns = rest[:block], rest[block : 2 * block]
+    d_rows, d_columns = rest[2 * block : 3 * block], rest[3 * block : 4 * block]
+    dq_columns, out_rows = rest[4 * block : 5 * block], rest[5 * block : 6 * block]
+    rest = rest[6 * block :]
+    weights, d_scores = rest[: _BLOCK * _BLOCK], rest[_BLOCK * _BLOCK : 2 * _BLOCK * _BLOCK]
+    partial, dots = rest[2 * _BLOCK * _BLOCK : -_BLOCK], rest[-_BLOCK:]
+    _clear(scratch)
+    factor = floats(np.float32(_LOG2_E))
+    kept = floats(_ONE / (_ONE - rate))
+    for sequence in range(batch):
+        for head in range(heads):
+            group, sharing = head * groups // heads, heads // groups
+            of_group = (sequence * time * groups + group) * head_width
+            if head % sharing == 0:
+                _copy_rows(k, of_group, groups * head_width, keys, 0, width, time, head_width, scale)
+                _copy_rows(v, of_group, groups * head_width, values, 0, width, time, head_width, _ONE)
+                _clear(d_keys)
+                _clear(d_values)
+            row = sequence * heads + head
+            for query in range(0, time, _BLOCK):
+                number, stride = min(_BLOCK, time - query), heads * head_width
+                start = ((sequence * time + query) * heads + head) * head_width
+                if number < _BLOCK:
+                    _clear(rows)
+                    _clear(d_rows)
+                _copy_rows(q, start, stride, rows, 0, width, number, head_width, _ONE)
+                _copy_rows(d_out, start, stride, d_rows, 0, width, number, head_width, _ONE)
+                _copy_rows(out, start, stride, out_rows, 0, width, number, head_width, _ONE)
+                _transpose(rows, _BLOCK, width, columns)
+                _transpose(d_rows, _BLOCK, width, d_columns)
+                _clear(dq_columns)
+                # What the gradient of a weight is measured against: the mean of them all by the weights, out d_out.
+                for r in range(_BLOCK):
+                    dot = floats(_ZERO)
+                    for c in range(r * width, (r + 1) * width, LANES):
+                        dot = fma(load(out_rows, c), load(d_rows, c), dot)
+                    store(partial, r * LANES, dot)
+                for half in range(0, _BLOCK, LANES):
+                    at = half * LANES
+                    transpose(partial, at, LANES, partial, at, LANES)
+                    dot = floats(_ZERO)
+                    for r in range(LANES):
+                        dot = dot + load(partial, at + r * LANES)
+                    store(dots, half, dot)
+                dot0, dot1 = load(dots, 0), load(dots, LANES)
+                at = row * length + query
+                high0, high1 = load(highest, at), load(highest, at + LANES)
+                share0, share1 = floats(_ONE) / load(sums, at), floats(_ONE) / load(sums, at + LANES)
+                first = max(0, query - window + 1) // _BLOCK * _BLOCK
+                for key in range(first, query + _BLOCK, _BLOCK):
+                    _product(
+                        weights, 0, _BLOCK, keys, key * width, width, 1, columns, 0, _BLOCK, _BLOCK, depth, False
+                    )  # fmt: skip
+                    _product(
+                        d_scores, 0, _BLOCK, values, key * width, width, 1, d_columns, 0, _BLOCK, _BLOCK, depth, False
+                    )  # fmt: skip
+                    if key == query or query + _BLOCK - key > window or len(documents):
+                        _hide(weights, _BLOCK, query, key, window, documents, sequence * length)
+                    for r in range(_BLOCK):
+                        at = r * _BLOCK
+                        weight0 = exp2((load(weights, at) - high0) * factor) * share0
+                        weight1 = exp2((load(weights, at + LANES) - high1) * factor) * share1
+                        dropped0, dropped1 = weight0, weight1
+                        if limit:
+                            seed = load_one(seeds, row)
+                            kept0 = _is_kept(seed, query, key + r, limit)
+                            kept1 = _is_kept(seed, query + LANES, key + r, limit)
+                            dropped0 = where(kept0, weight0 * kept, floats(_ZERO))
+                            dropped1 = where(kept1, weight1 * kept, floats(_ZERO))
+                        _store_two(weights, at, dropped0, dropped1)
+                        _store_two(
+                            d_scores,
+                            at,
+                            dropped0 * load(d_scores, at) - weight0 * dot0,
+                            dropped1 * load(d_scores, at + LANES) - weight1 * dot1,
+                        )
+                    _product(
+                        dq_columns, 0, _BLOCK, keys, key * width, 1, width, d_scores, 0, _BLOCK, depth, _BLOCK, True
+                    )  # fmt: skip
+                    for c in range(0, width, _BLOCK):
+                        at = key * width + c
+                        _product(d_keys, at, width, d_scores, 0, _BLOCK, 1, rows, c, width, _BLOCK, _BLOCK, True)
+                        _product(d_values, at, width, weights, 0, _BLOCK, 1, d_rows, c, width, _BLOCK, _BLOCK, True)
+                _transpose(dq_columns, width, _BLOCK, columns)
+                _copy_rows(columns, 0, width, dq, start, stride, number, head_width, _ONE)
+            if (head + 1) % sharing == 0:
+                _copy_rows(d_keys, 0, width, dk, of_group, groups * head_width, time, head_width, scale)
+                _copy_rows(d_values, 0, width, dv, of_group, groups * head_width, time, head_width, _ONE)
+
+
+# ---- as operations of XLA
+
+
+@inlined
+def _shape(frame):
+    """Of q and k: batch, time, heads, groups, head_width."""
+    shape = dimension(frame, 0, 0), dimension(frame, 0, 1), dimension(frame, 0, 2), dimension(frame, 1, 2)
+    return *shape, dimension(frame, 0, 3)
+
+
+@inlined
+def _settings(frame):
+    """scale, window, limit, rate. The order of attributes is that of their names: rate, scale, threshold, window."""
+    return number(frame, 1), integer(frame, 3), integer(frame, 2), number(frame, 0)
+
+
+def _forward_handler(frame):
+    if is_question(frame):
+        return 0
+    q, k, v = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    documents, seeds = operand_of_uints(frame, 3), operand_of_uints(frame, 4)
+    out, highest, sums, scratch = result(frame, 0), result(frame, 1), result(frame, 2), result(frame, 3)
+    _forward(q, k, v, documents, seeds, out, highest, sums, scratch, *_shape(frame), *_settings(frame))
+    return 0
+
+
+def _backward_handler(frame):
+    if is_question(frame):
+        return 0
+    q, k, v = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    documents, seeds = operand_of_uints(frame, 3), operand_of_uints(frame, 4)
+    saved = operand(frame, 5), operand(frame, 6), operand(frame, 7)
+    d_out, scratch = operand(frame, 8), result(frame, 3)
+    gradients = result(frame, 0), result(frame, 1), result(frame, 2)
+    _backward(q, k, v, documents, seeds, *saved, d_out, *gradients, scratch, *_shape(frame), *_settings(frame))
+    return 0
+
+
+register("jaxlm_attention_forward", _forward_handler)
+register("jaxlm_attention_backward", _backward_handler)

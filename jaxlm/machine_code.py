@@ -1,0 +1,137 @@
+"""Kernels: Python functions over numpy arrays that numba compiles to machine code.
+
+A kernel allocates nothing and calls no Python, so it runs without the interpreter's lock. Its machine code is kept on
+disk, so that it is compiled once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numba.core import config, event
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMPILED = not config.DISABLE_JIT
+_SOURCES = ("machine_code.py", "lanes.py", "attention_numba.py")  # with kernels, beside those of the BPE engine
+_UNUSED_SECONDS = 30 * 24 * 3600.0
+
+
+def _cache_folder() -> str | None:
+    """Where compiled kernels are kept, or None if nothing can be written where they could be.
+
+    Numba looks at the file of a kernel alone; the name of this folder says what is in all files that kernels call.
+    """
+    sources = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in (*sorted(package.glob("tokenizers/bpe_*.py")), *(package / name for name in _SOURCES)):
+        sources.update(path.read_bytes())
+    for parent in (
+        config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm",
+        Path(__file__).parent / "__pycache__",
+    ):
+        try:
+            folder = Path(parent).expanduser() / "kernels" / sources.hexdigest()[:16]
+            is_new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)  # when it was last used
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except (OSError, RuntimeError):
+            continue
+        if is_new:
+            _remove_unused(folder.parent)
+        return str(folder)
+    return None
+
+
+def _remove_unused(parent: Path) -> None:
+    """Removes the kernels of other versions that no process has begun to use for a month."""
+    for folder in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if re.fullmatch("[0-9a-f]{16}", folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a kernel; what was cut short, by a full disk say, is compiled anew instead of raising."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # what a damaged pickle raises can be anything
+            self.flush()
+            return None
+
+
+class _Notice(event.Listener):
+    """Says once, on the error stream, that kernels are being compiled: only when they are, not when they are loaded."""
+
+    given = False
+
+    def on_start(self, event: event.Event) -> None:
+        module = event.data["dispatcher"].py_func.__module__ or ""  # a function that was made by others may have none
+        if module.startswith(__package__) and not _Notice.given:
+            _Notice.given = True
+            print("jaxlm: compiling kernels for this machine, once (some 20 seconds) ...", file=sys.stderr)
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+def kernel(function: Function) -> Function:
+    """Compiles a function at its first call, or takes it from the cache on disk; as it is under NUMBA_DISABLE_JIT=1."""
+    return _compile(function, nogil=True)
+
+
+def inlined(function: Function) -> Function:
+    """A kernel that becomes part of each kernel that calls it, for what is called once for every chunk."""
+    return _compile(function, nogil=True, inline="always")
+
+
+def _compile(function: Function, **options: Any) -> Function:
+    if not COMPILED:
+        return np.errstate(over="ignore")(function)  # products are meant to wrap around
+    # Without reference counts an array costs nothing to pass on; they would be most of the time of a short loop.
+    options["_nrt"] = False
+    if _CACHE_FOLDER is None:  # every process compiles for itself
+        return numba.njit(**options)(function)
+    before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
+    try:
+        dispatcher = numba.njit(cache=True, **options)(function)
+        dispatcher._cache = _Cache(function)
+        return dispatcher
+    finally:
+        config.CACHE_DIR = before
+
+
+if COMPILED:
+    _CACHE_FOLDER = _cache_folder()
+    event.register("numba:compile", _Notice())
+
+
+def function_pointer(function: Callable[..., Any], signature: Any) -> int:
+    """The address of a kernel that foreign code calls, compiled right away or taken from the cache on disk."""
+    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {"nopython": True, "_nrt": False})
+    if _CACHE_FOLDER is not None:
+        before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
+        try:
+            compiled._cache = _Cache(function)
+        finally:
+            config.CACHE_DIR = before
+    compiled.compile()
+    return int(compiled.address)
