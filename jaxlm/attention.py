@@ -77,14 +77,15 @@ def default_implementation(
     another way. The block of a wider head doesn't fit into a multiprocessor.
     """
     if jax.default_backend() == "cpu":
-        return "numba" if _has_numba() and jnp.dtype(dtype).itemsize <= 4 else "blocks"
+        return "numba" if has_numba() and jnp.dtype(dtype).itemsize <= 4 else "blocks"
     if jax.default_backend() != "gpu" or head_width > _WIDEST:
         return "blocks"
     fits = jnp.dtype(dtype).itemsize == 2 and _fits_cudnn(time, head_width)
     return "cudnn" if fits and not dropout_rate and not has_documents else "triton"
 
 
-def _has_numba() -> bool:
+def has_numba() -> bool:
+    """Whether kernels can be compiled for this CPU."""
     from jaxlm.machine_code import COMPILED  # numba takes its time to import
 
     return COMPILED
@@ -132,7 +133,7 @@ def check_implementation(implementation: Implementation | None, dtype: Any, drop
             raise InputError(
                 f"numba attention needs a CPU, and JAX runs on {jax.default_backend()} here; leave it out."
             )
-        if not _has_numba():
+        if not has_numba():
             raise InputError("numba attention needs numba's compiler, and NUMBA_DISABLE_JIT turns it off; unset it.")
     if implementation == "cudnn":
         if dropout_rate:

@@ -33,11 +33,11 @@ from jaxlm.lanes import (
     where,
 )
 from jaxlm.machine_code import inlined, kernel
+from jaxlm.products_numba import ROWS, store_two, strip_product
 from jaxlm.xla_calls import dimension, integer, is_question, number, operand, operand_of_uints, register, result
 
 _BLOCK = 2 * LANES  # queries, and keys in the backward pass
 _KEYS = 4 * _BLOCK  # keys at once in the forward pass: with their scores they fit into the first cache
-_ROWS = 4  # of a product in registers
 _NEVER = np.float32(-1e30)  # the score of a key that may not be seen
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _LOG2_E = math.log2(math.e)
@@ -110,43 +110,6 @@ _attend.defvjp(_attend_forward, _attend_backward)
 # ---- pieces of both kernels. All matrices are flat arrays, rows of a fixed distance.
 
 
-@inlined
-def _product(c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_row, rows, steps, add):
-    """c = a b, or c += a b, for so many rows of c, two vectors of its columns, and so many products in each sum.
-
-    c_at: where the first number is; c_row: how far apart rows are; a_step: and numbers of a row, since `a` may lie in
-    either order. Four rows at a time, as so many sums fit into registers.
-    """
-    for row in range(0, rows, _ROWS):
-        c0, a0 = c_at + row * c_row, a_at + row * a_row
-        c1, c2, c3 = c0 + c_row, c0 + 2 * c_row, c0 + 3 * c_row
-        a1, a2, a3 = a0 + a_row, a0 + 2 * a_row, a0 + 3 * a_row
-        s00 = s01 = s10 = s11 = s20 = s21 = s30 = s31 = floats(_ZERO)
-        if add:
-            s00, s01, s10, s11 = load(c, c0), load(c, c0 + LANES), load(c, c1), load(c, c1 + LANES)
-            s20, s21, s30, s31 = load(c, c2), load(c, c2 + LANES), load(c, c3), load(c, c3 + LANES)
-        for step in range(steps):
-            b0, b1 = load(b, b_at + step * b_row), load(b, b_at + step * b_row + LANES)
-            x = load_one(a, a0 + step * a_step)
-            s00, s01 = fma(x, b0, s00), fma(x, b1, s01)
-            x = load_one(a, a1 + step * a_step)
-            s10, s11 = fma(x, b0, s10), fma(x, b1, s11)
-            x = load_one(a, a2 + step * a_step)
-            s20, s21 = fma(x, b0, s20), fma(x, b1, s21)
-            x = load_one(a, a3 + step * a_step)
-            s30, s31 = fma(x, b0, s30), fma(x, b1, s31)
-        _store_two(c, c0, s00, s01)
-        _store_two(c, c1, s10, s11)
-        _store_two(c, c2, s20, s21)
-        _store_two(c, c3, s30, s31)
-
-
-@inlined
-def _store_two(array, index, first, second):
-    store(array, index, first)
-    store(array, index + LANES, second)
-
-
 @kernel
 def _clear(array):
     for index in range(len(array)):
@@ -210,7 +173,7 @@ def _forward(
     limit, rate,
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
-    depth = -(-head_width // _ROWS) * _ROWS
+    depth = -(-head_width // ROWS) * ROWS
     size = length * width
     keys, values = scratch[:size], scratch[size : 2 * size]
     rows = scratch[2 * size : 2 * size + _BLOCK * width]
@@ -238,7 +201,7 @@ def _forward(
                 first = max(0, query - window + 1) // _BLOCK * _BLOCK
                 for key in range(first, query + _BLOCK, _KEYS):
                     count = min(_KEYS, query + _BLOCK - key)
-                    _product(
+                    strip_product(
                         scores, 0, _BLOCK, keys, key * width, width, 1, columns, 0, _BLOCK, count, depth, False
                     )  # fmt: skip
                     if key + count > query or query + _BLOCK - key > window or len(documents):
@@ -260,18 +223,18 @@ def _forward(
                             kept1 = _is_kept(seed, query + LANES, key + r, limit)
                             weight0 = where(kept0, weight0 * kept, floats(_ZERO))
                             weight1 = where(kept1, weight1 * kept, floats(_ZERO))
-                        _store_two(scores, at, weight0, weight1)
+                        store_two(scores, at, weight0, weight1)
                     for at in range(0, depth * _BLOCK, _BLOCK):
-                        _store_two(rows, at, load(rows, at) * less0, load(rows, at + LANES) * less1)
-                    _product(rows, 0, _BLOCK, values, key * width, 1, width, scores, 0, _BLOCK, depth, count, True)
+                        store_two(rows, at, load(rows, at) * less0, load(rows, at + LANES) * less1)
+                    strip_product(rows, 0, _BLOCK, values, key * width, 1, width, scores, 0, _BLOCK, depth, count, True)
                 for at in range(0, depth * _BLOCK, _BLOCK):
-                    _store_two(rows, at, load(rows, at) / sum0, load(rows, at + LANES) / sum1)
+                    store_two(rows, at, load(rows, at) / sum0, load(rows, at + LANES) / sum1)
                 _transpose(rows, width, _BLOCK, columns)
                 _copy_rows(columns, 0, width, out, start, heads * head_width, number, head_width, _ONE)
                 _clear(rows)
                 at = row * length + query
-                _store_two(highest, at, high0, high1)
-                _store_two(sums, at, sum0, sum1)
+                store_two(highest, at, high0, high1)
+                store_two(sums, at, sum0, sum1)
 
 
 @kernel
@@ -280,7 +243,7 @@ def _backward(
     scale, window, limit, rate,
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
-    depth = -(-head_width // _ROWS) * _ROWS
+    depth = -(-head_width // ROWS) * ROWS
     size, block = length * width, _BLOCK * width
     keys, values = scratch[:size], scratch[size : 2 * size]
     d_keys, d_values = scratch[2 * size : 3 * size], scratch[3 * size : 4 * size]
@@ -335,10 +298,10 @@ def _backward(
                 share0, share1 = floats(_ONE) / load(sums, at), floats(_ONE) / load(sums, at + LANES)
                 first = max(0, query - window + 1) // _BLOCK * _BLOCK
                 for key in range(first, query + _BLOCK, _BLOCK):
-                    _product(
+                    strip_product(
                         weights, 0, _BLOCK, keys, key * width, width, 1, columns, 0, _BLOCK, _BLOCK, depth, False
                     )  # fmt: skip
-                    _product(
+                    strip_product(
                         d_scores, 0, _BLOCK, values, key * width, width, 1, d_columns, 0, _BLOCK, _BLOCK, depth, False
                     )  # fmt: skip
                     if key == query or query + _BLOCK - key > window or len(documents):
@@ -354,20 +317,22 @@ def _backward(
                             kept1 = _is_kept(seed, query + LANES, key + r, limit)
                             dropped0 = where(kept0, weight0 * kept, floats(_ZERO))
                             dropped1 = where(kept1, weight1 * kept, floats(_ZERO))
-                        _store_two(weights, at, dropped0, dropped1)
-                        _store_two(
+                        store_two(weights, at, dropped0, dropped1)
+                        store_two(
                             d_scores,
                             at,
                             dropped0 * load(d_scores, at) - weight0 * dot0,
                             dropped1 * load(d_scores, at + LANES) - weight1 * dot1,
                         )
-                    _product(
+                    strip_product(
                         dq_columns, 0, _BLOCK, keys, key * width, 1, width, d_scores, 0, _BLOCK, depth, _BLOCK, True
                     )  # fmt: skip
                     for c in range(0, width, _BLOCK):
                         at = key * width + c
-                        _product(d_keys, at, width, d_scores, 0, _BLOCK, 1, rows, c, width, _BLOCK, _BLOCK, True)
-                        _product(d_values, at, width, weights, 0, _BLOCK, 1, d_rows, c, width, _BLOCK, _BLOCK, True)
+                        strip_product(d_keys, at, width, d_scores, 0, _BLOCK, 1, rows, c, width, _BLOCK, _BLOCK, True)
+                        strip_product(
+                            d_values, at, width, weights, 0, _BLOCK, 1, d_rows, c, width, _BLOCK, _BLOCK, True
+                        )
                 _transpose(dq_columns, width, _BLOCK, columns)
                 _copy_rows(columns, 0, width, dq, start, stride, number, head_width, _ONE)
             if (head + 1) % sharing == 0:

@@ -27,7 +27,13 @@ from numba.core.ccallback import CFunc
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILED = not config.DISABLE_JIT
-_SOURCES = ("machine_code.py", "lanes.py", "attention_numba.py")  # with kernels, beside those of the BPE engine
+_SOURCES = (
+    "machine_code.py",
+    "lanes.py",
+    "xla_calls.py",
+    "products_numba.py",
+    "attention_numba.py",
+)  # with kernels, beside those of the BPE engine
 _UNUSED_SECONDS = 30 * 24 * 3600.0
 
 

@@ -1,0 +1,132 @@
+"""Products of matrices on one core of a CPU, whose sums stay in its registers.
+
+XLA computes most of its products as fast, but the gradients of weights at half of the speed, on threads that other
+devices need.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.lanes import LANES, floats, fma, load, load_one, store, transpose
+from jaxlm.machine_code import inlined, kernel
+from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result
+
+ROWS = 4  # of a strip that are summed together
+_STRIP = 2 * LANES  # columns
+_DEPTH = 128  # products of each sum at once: a strip of so many rows stays in the first cache
+_ROWS_AT_ONCE = 128  # of the first matrix, which stay in the second cache
+
+
+def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
+    """Whether `product` takes matrices of these types and shapes, and each device has a core of its own."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        x_NI.dtype == kernel_IO.dtype == jnp.float32
+        and x_NI.shape[0] % ROWS == 0
+        and not any(size % _STRIP for size in kernel_IO.shape)
+        and jax.local_device_count() >= cores
+    )
+
+
+@jax.custom_vjp
+def product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x kernel, for what `fits`."""
+    return _call(x_NI, kernel_IO)
+
+
+def _product_backward(saved: tuple[jax.Array, jax.Array], d_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_NI, kernel_IO = saved
+    return _call(d_NO, kernel_IO, second_turned=1), _call(x_NI, d_NO, first_turned=1)
+
+
+product.defvjp(lambda x_NI, kernel_IO: (product(x_NI, kernel_IO), (x_NI, kernel_IO)), _product_backward)
+
+
+def _call(a: jax.Array, b: jax.Array, first_turned: int = 0, second_turned: int = 0) -> jax.Array:
+    """a b, or with the transpose of either."""
+    shape = a.shape[first_turned], b.shape[1 - second_turned]
+    results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, (b.size,))]
+    call: Any = jax.ffi.ffi_call("jaxlm_product", results, vmap_method="sequential")
+    return call(a, b, first_turned=np.int64(first_turned), second_turned=np.int64(second_turned))[0]
+
+
+@inlined
+def strip_product(c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_row, rows, steps, add):
+    """c = a b, or c += a b, for so many rows of c, two vectors of its columns, and so many products in each sum.
+
+    c_at: where the first number is; c_row: how far apart rows are; a_step: and numbers of a row, since `a` may lie in
+    either order. Four rows at a time, as so many sums fit into registers.
+    """
+    for row in range(0, rows, ROWS):
+        c0, a0 = c_at + row * c_row, a_at + row * a_row
+        c1, c2, c3 = c0 + c_row, c0 + 2 * c_row, c0 + 3 * c_row
+        a1, a2, a3 = a0 + a_row, a0 + 2 * a_row, a0 + 3 * a_row
+        s00 = s01 = s10 = s11 = s20 = s21 = s30 = s31 = floats(np.float32(0.0))
+        if add:
+            s00, s01, s10, s11 = load(c, c0), load(c, c0 + LANES), load(c, c1), load(c, c1 + LANES)
+            s20, s21, s30, s31 = load(c, c2), load(c, c2 + LANES), load(c, c3), load(c, c3 + LANES)
+        for step in range(steps):
+            b0, b1 = load(b, b_at + step * b_row), load(b, b_at + step * b_row + LANES)
+            x = load_one(a, a0 + step * a_step)
+            s00, s01 = fma(x, b0, s00), fma(x, b1, s01)
+            x = load_one(a, a1 + step * a_step)
+            s10, s11 = fma(x, b0, s10), fma(x, b1, s11)
+            x = load_one(a, a2 + step * a_step)
+            s20, s21 = fma(x, b0, s20), fma(x, b1, s21)
+            x = load_one(a, a3 + step * a_step)
+            s30, s31 = fma(x, b0, s30), fma(x, b1, s31)
+        store_two(c, c0, s00, s01)
+        store_two(c, c1, s10, s11)
+        store_two(c, c2, s20, s21)
+        store_two(c, c3, s30, s31)
+
+
+@inlined
+def store_two(array, index, first, second):
+    store(array, index, first)
+    store(array, index + LANES, second)
+
+
+@kernel
+def _matrix_product(a, b, c, strips, rows, depth, columns, a_row, a_step, b_turned):
+    """c = a b. First b is laid out in strips of columns, one after the other."""
+    for column in range(0, columns, _STRIP):
+        strip = column * depth
+        if b_turned:
+            for step in range(0, depth, LANES):
+                for half in range(0, _STRIP, LANES):
+                    transpose(b, (column + half) * depth + step, depth, strips, strip + step * _STRIP + half, _STRIP)
+        else:
+            for step in range(depth):
+                at = step * columns + column
+                store_two(strips, strip + step * _STRIP, load(b, at), load(b, at + LANES))
+    for row in range(0, rows, _ROWS_AT_ONCE):
+        number = min(_ROWS_AT_ONCE, rows - row)
+        for column in range(0, columns, _STRIP):
+            for start in range(0, depth, _DEPTH):
+                steps, at = min(_DEPTH, depth - start), row * a_row + start * a_step
+                strip = column * depth + start * _STRIP
+                strip_product(
+                    c, row * columns + column, columns, a, at, a_row, a_step, strips, strip, _STRIP, number, steps, start > 0
+                )  # fmt: skip
+
+
+def _handler(frame):
+    if is_question(frame):
+        return 0
+    first_turned, second_turned = integer(frame, 0), integer(frame, 1)
+    rows, depth = dimension(frame, 0, first_turned), dimension(frame, 0, 1 - first_turned)
+    columns = dimension(frame, 1, 1 - second_turned)
+    a_row, a_step = (1, rows) if first_turned else (depth, 1)
+    a, b, c, strips = operand(frame, 0), operand(frame, 1), result(frame, 0), result(frame, 1)
+    _matrix_product(a, b, c, strips, rows, depth, columns, a_row, a_step, second_turned)
+    return 0
+
+
+register("jaxlm_product", _handler)

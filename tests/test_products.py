@@ -1,0 +1,63 @@
+"""Products in kernels are those of JAX, values and gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.lanes import LANES
+from jaxlm.model import ModelConfig, forward, init
+from jaxlm.products_numba import fits, product
+
+STRIP = 2 * LANES
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(4, 1, 1), (128, 3, 2), (132, 1, 5), (300, 9, 1), (12, 5, 9), (516, 4, 4)]
+)
+def test_values_and_gradients_are_those_of_the_plain_product(rows: int, inputs: int, outputs: int) -> None:
+    """Around the edges of the blocks: rows of 4 and of 128, sums of 128; `inputs` and `outputs` are strips."""
+    random = np.random.default_rng(rows)
+    x, kernel, above = (
+        random.normal(size=shape).astype(np.float32)
+        for shape in ((rows, inputs * STRIP), (inputs * STRIP, outputs * STRIP), (rows, outputs * STRIP))
+    )
+    values, pull_back = jax.vjp(jax.jit(product), x, kernel)
+    exact = x.astype(np.float64) @ kernel, above.astype(np.float64) @ kernel.T, x.T.astype(np.float64) @ above
+    for got, expected in zip((values, *pull_back(above)), exact, strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, kernel = jnp.zeros((4, STRIP)), jnp.zeros((STRIP, 3 * STRIP))
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1_000)
+    assert fits(x, kernel)
+    assert not fits(x[:3], kernel)
+    assert not fits(x, kernel[:, :-1])
+    assert not fits(x[:, :-1], kernel[:-1])
+    assert not fits(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    monkeypatch.setattr(jax, "local_device_count", lambda: 0)  # some core has no device of its own
+    assert not fits(x, kernel)
+
+
+def test_a_model_computes_the_same_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(
+        vocab_size=11, context=16, width=STRIP, num_layers=1, num_heads=4, feed_forward_width=4 * STRIP, dropout=0.0
+    )
+    params = init(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 11)
+
+    def slope(params: jax.Array) -> jax.Array:
+        return jnp.square(forward(params, tokens, config)).sum()
+
+    results = []
+    for devices in (0, 1_000):
+        monkeypatch.setattr(jax, "local_device_count", lambda devices=devices: devices)
+        program = jax.jit(lambda params: jax.value_and_grad(slope)(params))
+        assert ("jaxlm_product" in program.lower(params).as_text()) == (devices > 0)
+        results.append(program(params))
+    for plain, ours in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
