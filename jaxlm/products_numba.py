@@ -112,9 +112,8 @@ def _matrix_product(a, b, c, strips, rows, depth, columns, a_row, a_step, b_turn
             for start in range(0, depth, _DEPTH):
                 steps, at = min(_DEPTH, depth - start), row * a_row + start * a_step
                 strip = column * depth + start * _STRIP
-                strip_product(
-                    c, row * columns + column, columns, a, at, a_row, a_step, strips, strip, _STRIP, number, steps, start > 0
-                )  # fmt: skip
+                c_at, add = row * columns + column, start > 0
+                strip_product(c, c_at, columns, a, at, a_row, a_step, strips, strip, _STRIP, number, steps, add)
 
 
 def _handler(frame):
