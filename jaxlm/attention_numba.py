@@ -53,12 +53,24 @@ def attention_numba(
     dropout_rate: float = 0.0,
     seeds_BH: jax.Array | None = None,
 ) -> jax.Array:
-    """As `attention.attention_reference`, computed in float32. On CPUs alone."""
-    time = q_BTHK.shape[1]
-    documents_BT = jnp.zeros((0, 0), jnp.int32) if documents_BT is None else documents_BT.astype(jnp.int32)
+    """As `attention.attention_reference`, computed in float32. On CPUs alone; it can be differentiated once.
+
+    Raises:
+      ValueError: shapes that don't belong together.
+    """
+    batch, time, heads, width = q_BTHK.shape
+    groups = k_BTGK.shape[2]
+    if k_BTGK.shape != (batch, time, groups, width) or v_BTGK.shape != k_BTGK.shape or heads % max(1, groups):
+        raise ValueError(f"Queries {q_BTHK.shape}, keys {k_BTGK.shape} and values {v_BTGK.shape} don't go together.")
+    if documents_BT is None:
+        documents_BT = jnp.zeros((0, 0), jnp.int32)
+    else:
+        documents_BT = jnp.broadcast_to(documents_BT.astype(jnp.int32), (batch, time))
     documents_BT = jnp.pad(documents_BT, ((0, 0), (0, _padded(time) - time if len(documents_BT) else 0)))
     if seeds_BH is None:
         seeds_BH, dropout_rate = jnp.zeros((0, 0), jnp.uint32), 0.0
+    elif seeds_BH.shape != (batch, heads):
+        raise ValueError(f"Seeds of shape {seeds_BH.shape} aren't one for each of {batch} x {heads} heads.")
     settings = scale, time if window is None else min(window, time), dropout_rate
     q, k, v = (x.astype(jnp.float32) for x in (q_BTHK, k_BTGK, v_BTGK))
     return _attend(settings, q, k, v, documents_BT, seeds_BH).astype(v_BTGK.dtype)
@@ -79,10 +91,13 @@ def _call(name: str, settings: Any, results: list[Any], scratch_size: int, *oper
     scale, window, rate = settings
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [*results, (scratch_size,)]]
     call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
-    limit = threshold(rate) if rate else 0
-    return call(
-        *operands, rate=np.float32(rate), scale=np.float32(scale), threshold=np.int64(limit), window=np.int64(window)
-    )[:-1]
+    attributes = {
+        "growth": np.float32(1.0 / (1.0 - rate)),  # of weights that dropout keeps
+        "scale": np.float32(scale),
+        "threshold": np.int64(threshold(rate) if rate else 0),
+        "window": np.int64(window),
+    }
+    return call(*operands, **attributes)[:-1]
 
 
 def _attend_forward(settings: Any, q: jax.Array, k: jax.Array, v: jax.Array, documents: Any, seeds: Any) -> Any:
@@ -170,7 +185,7 @@ def _is_kept(seed, query, key, limit):
 @kernel
 def _forward(
     q, k, v, documents, seeds, out, highest, sums, scratch, batch, time, heads, groups, head_width, scale, window,
-    limit, rate,
+    limit, growth,
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
     depth = -(-head_width // ROWS) * ROWS
@@ -181,7 +196,7 @@ def _forward(
     scores = scratch[2 * size + 2 * _BLOCK * width :]
     _clear(scratch)
     factor = floats(np.float32(_LOG2_E))
-    kept = floats(_ONE / (_ONE - rate))
+    kept = floats(growth)
     for sequence in range(batch):
         for head in range(heads):
             group, sharing = head * groups // heads, heads // groups
@@ -240,7 +255,7 @@ def _forward(
 @kernel
 def _backward(
     q, k, v, documents, seeds, out, highest, sums, d_out, dq, dk, dv, scratch, batch, time, heads, groups, head_width,
-    scale, window, limit, rate,
+    scale, window, limit, growth,
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
     depth = -(-head_width // ROWS) * ROWS
@@ -256,7 +271,7 @@ def _backward(
     partial, dots = rest[2 * _BLOCK * _BLOCK : -_BLOCK], rest[-_BLOCK:]
     _clear(scratch)
     factor = floats(np.float32(_LOG2_E))
-    kept = floats(_ONE / (_ONE - rate))
+    kept = floats(growth)
     for sequence in range(batch):
         for head in range(heads):
             group, sharing = head * groups // heads, heads // groups
@@ -352,7 +367,7 @@ def _shape(frame):
 
 @inlined
 def _settings(frame):
-    """scale, window, limit, rate. The order of attributes is that of their names: rate, scale, threshold, window."""
+    """scale, window, limit, growth. Attributes come in the order of their names: growth, scale, threshold, window."""
     return number(frame, 1), integer(frame, 3), integer(frame, 2), number(frame, 0)
 
 

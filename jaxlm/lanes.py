@@ -10,17 +10,15 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, overload, register_model
 
 from jaxlm.machine_code import inlined
 
-_features = config.CPU_FEATURES
-if _features is None:
-    _features = llvmlite.binding.get_host_cpu_features().flatten()
+_features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
 LANES = 16 if "+avx512f" in _features else 8  # a register of AVX-512 or of AVX2; two of NEON's
 
 _ELEMENTS = {"float": ir.FloatType(), "uint": ir.IntType(32), "truth": ir.IntType(1)}

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,25 +28,20 @@ from numba.core.ccallback import CFunc
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILED = not config.DISABLE_JIT
-_SOURCES = (
-    "machine_code.py",
-    "lanes.py",
-    "xla_calls.py",
-    "products_numba.py",
-    "attention_numba.py",
-)  # with kernels, beside those of the BPE engine
+_POINTED_TO: list[Any] = []  # by foreign code, so they must stay
 _UNUSED_SECONDS = 30 * 24 * 3600.0
 
 
 def _cache_folder() -> str | None:
     """Where compiled kernels are kept, or None if nothing can be written where they could be.
 
-    Numba looks at the file of a kernel alone; the name of this folder says what is in all files that kernels call.
+    Numba looks at the file of a kernel alone; the name of this folder says what is in all files that have some.
     """
-    sources = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in (*sorted(package.glob("tokenizers/bpe_*.py")), *(package / name for name in _SOURCES)):
-        sources.update(path.read_bytes())
+    sources = hashlib.sha256(version("jaxlib").encode())  # whose interface is part of the kernels that it calls
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        source = path.read_bytes()
+        if b"machine_code" in source:
+            sources.update(source)
     for parent in (
         config.CACHE_DIR or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm",
         Path(__file__).parent / "__pycache__",
@@ -91,7 +87,7 @@ class _Notice(event.Listener):
 
     def on_start(self, event: event.Event) -> None:
         module = event.data["dispatcher"].py_func.__module__ or ""  # a function that was made by others may have none
-        if module.startswith(__package__) and not _Notice.given:
+        if module.startswith(f"{__package__}.") and not _Notice.given:
             _Notice.given = True
             print("jaxlm: compiling kernels for this machine, once (some 20 seconds) ...", file=sys.stderr)
 
@@ -105,7 +101,7 @@ def kernel(function: Function) -> Function:
 
 
 def inlined(function: Function) -> Function:
-    """A kernel that becomes part of each kernel that calls it, for what is called once for every chunk."""
+    """A kernel that becomes part of each kernel that calls it, for what is called often."""
     return _compile(function, nogil=True, inline="always")
 
 
@@ -140,4 +136,5 @@ def function_pointer(function: Callable[..., Any], signature: Any) -> int:
         finally:
             config.CACHE_DIR = before
     compiled.compile()
+    _POINTED_TO.append(compiled)
     return int(compiled.address)

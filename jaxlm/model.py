@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         for back, table in enumerate(tables[1:], start=1):
             x_BTD = x_BTD + _shift(_look_up(table.embedding, tokens_BT), back)
         if config.positions == "learned":
-            positions_TD = self.param("positions", normal, (config.context, config.width))[:time]
+            positions_TD = self.param("positions", normal, (config.context, config.width), jnp.float32)[:time]
             x_BTD = _add_to_rows(x_BTD.reshape(batch, -1), positions_TD.reshape(-1))
         x_ND = x_BTD.reshape(batch * time, config.width)
         if config.norm == "rms":
@@ -275,10 +275,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x_NI: jax.Array) -> jax.Array:
-        y_NO = _product(x_NI, self.param("kernel", self.kernel_init, (x_NI.shape[1], self.features)))
+        y_NO = _product(x_NI, self.param("kernel", self.kernel_init, (x_NI.shape[1], self.features), jnp.float32))
         if not self.use_bias:
             return y_NO
-        return _add_to_rows(y_NO, self.param("bias", nn.initializers.zeros, (self.features,)))
+        return _add_to_rows(y_NO, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
 
 
 def _linear(config: ModelConfig, features: int, name: str, *, biases: bool = True, is_output: bool = False) -> Linear:

@@ -28,7 +28,9 @@ def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return (
         x_NI.dtype == kernel_IO.dtype == jnp.float32
+        and x_NI.shape[0] > 0
         and x_NI.shape[0] % ROWS == 0
+        and x_NI.shape[1] == kernel_IO.shape[0]
         and not any(size % _STRIP for size in kernel_IO.shape)
         and jax.local_device_count() >= cores
     )
@@ -36,7 +38,7 @@ def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
 
 @jax.custom_vjp
 def product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """x kernel, for what `fits`."""
+    """x kernel, for what `fits`. It can be differentiated once."""
     return _call(x_NI, kernel_IO)
 
 

@@ -56,7 +56,7 @@ class TrainConfig:
     spike_factor: float | None = None  # a loss over so many times the mean of the last 100, of 20 at least, is a jump
     compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and their updates are float32
     steps_at_once: int | None = None  # in one program, where nothing else is due; None: 10 but on a CPU
-    attention: Implementation | None = None  # reference, blocks, cudnn or triton; None: the best that the device has
+    attention: Implementation | None = None  # see attention.py; None: the best that the device has
 
     def __post_init__(self) -> None:
         check_types(self)

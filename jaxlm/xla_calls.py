@@ -22,6 +22,7 @@ from jaxlm.machine_code import function_pointer, inlined
 _EXTENSION, _OPERANDS, _RESULTS, _ATTRIBUTES = 1, 9, 14, 20
 _BUFFER_DATA, _BUFFER_RANK, _BUFFER_DIMENSIONS = 3, 4, 5
 _SCALAR_VALUE = 1
+_EXTENSION_TYPE, _IS_METADATA = 1, 1
 _METADATA, _METADATA_VERSION = 3, 3
 
 _WORDS: Any = types.CPointer(types.int64)  # type: ignore[attr-defined]
@@ -117,7 +118,7 @@ def number(frame, index):
 @inlined
 def is_question(frame):
     """Whether XLA only asks for the version of the interface, which this answers then."""
-    if frame[_EXTENSION] == 0:
+    if frame[_EXTENSION] == 0 or _words(frame[_EXTENSION])[_EXTENSION_TYPE] & 0xFFFFFFFF != _IS_METADATA:
         return False
     _words(_words(frame[_EXTENSION])[_METADATA])[_METADATA_VERSION] = _API_VERSION
     return True

@@ -299,6 +299,18 @@ def test_kernels_keep_sixteen_bits_and_may_be_mapped() -> None:
         np.testing.assert_array_equal(together[:, 0], one)
 
 
+def test_kernels_refuse_shapes_that_do_not_belong_together() -> None:
+    q, k, v = (jnp.zeros((2, 8, heads, 4)) for heads in (4, 2, 2))
+    attention = partial(causal_attention, implementation="numba")
+    for wrong in ((q, k[:, :4], v[:, :4]), (q, k, v[..., :2]), (q[:, :, :3], k, v), (q[:1], k, v), (q, k, v[:, :, :1])):
+        with pytest.raises(ValueError, match="don't go together"):
+            attention(*wrong)
+    with pytest.raises(ValueError, match="Seeds of shape"):
+        attention(q, k, v, dropout_rate=0.5, dropout_keys_B=jax.random.split(jax.random.key(0), 3))
+    one_for_all = attention(q, k, v + 1, documents_BT=jnp.arange(8)[None] // 3)
+    np.testing.assert_allclose(one_for_all, 1.0, rtol=1e-6)
+
+
 def test_cudnn_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = Case(7).arrays()
 
