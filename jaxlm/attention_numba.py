@@ -162,11 +162,9 @@ def _hide(scores, keys, query, key, window, documents, documents_at):
             before = lane_numbers() + uints(query + half - key - row)
             score = where(before < uints(window), score, floats(_NEVER))
             if len(documents):
-                there, here = (
-                    load(documents, documents_at + query + half),
-                    load_one(documents, documents_at + key + row),
-                )
-                score = where(there ^ here < uints(1), score, floats(_NEVER))
+                of_queries = load(documents, documents_at + query + half)
+                of_key = load_one(documents, documents_at + key + row)
+                score = where(of_queries ^ of_key < uints(1), score, floats(_NEVER))
             store(scores, at, score)
 
 

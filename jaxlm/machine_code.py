@@ -110,13 +110,18 @@ def _compile(function: Function, **options: Any) -> Function:
         return np.errstate(over="ignore")(function)  # products are meant to wrap around
     # Without reference counts an array costs nothing to pass on; they would be most of the time of a short loop.
     options["_nrt"] = False
-    if _CACHE_FOLDER is None:  # every process compiles for itself
-        return numba.njit(**options)(function)
+    dispatcher = numba.njit(**options)(function)
+    _keep(dispatcher, function)
+    return dispatcher
+
+
+def _keep(compiled: Any, function: Callable[..., Any]) -> None:
+    """Gives what numba makes of a function its cache on disk; without a folder, every process compiles for itself."""
+    if _CACHE_FOLDER is None:
+        return
     before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
     try:
-        dispatcher = numba.njit(cache=True, **options)(function)
-        dispatcher._cache = _Cache(function)
-        return dispatcher
+        compiled._cache = _Cache(function)
     finally:
         config.CACHE_DIR = before
 
@@ -129,12 +134,7 @@ if COMPILED:
 def function_pointer(function: Callable[..., Any], signature: Any) -> int:
     """The address of a kernel that foreign code calls, compiled right away or taken from the cache on disk."""
     compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {"nopython": True, "_nrt": False})
-    if _CACHE_FOLDER is not None:
-        before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
-        try:
-            compiled._cache = _Cache(function)
-        finally:
-            config.CACHE_DIR = before
+    _keep(compiled, function)
     compiled.compile()
     _POINTED_TO.append(compiled)
     return int(compiled.address)

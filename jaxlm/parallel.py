@@ -33,12 +33,16 @@ def use_cores(batch_size: int, num_devices: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_collective_call_terminate_timeout_seconds=1000000"
     if "xla_force_host_platform_device_count" in flags:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(count for count in range(1, cores + 1) if batch_size % count == 0)
+    most = max(count for count in range(1, num_cores() + 1) if batch_size % count == 0)
     try:
         jax.config.update("jax_num_cpu_devices", num_devices or most)
     except RuntimeError:  # JAX has started
         return
+
+
+def num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compiler_options() -> dict[str, Any]:

@@ -6,7 +6,6 @@ devices need.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from jaxlm.lanes import LANES, floats, fma, load, load_one, store, transpose
 from jaxlm.machine_code import inlined, kernel
+from jaxlm.parallel import num_cores
 from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result
 
 ROWS = 4  # of a strip that are summed together
@@ -25,14 +25,13 @@ _ROWS_AT_ONCE = 128  # of the first matrix, which stay in the second cache
 
 def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
     """Whether `product` takes matrices of these types and shapes, and each device has a core of its own."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return (
         x_NI.dtype == kernel_IO.dtype == jnp.float32
         and x_NI.shape[0] > 0
         and x_NI.shape[0] % ROWS == 0
         and x_NI.shape[1] == kernel_IO.shape[0]
         and not any(size % _STRIP for size in kernel_IO.shape)
-        and jax.local_device_count() >= cores
+        and jax.local_device_count() >= num_cores()
     )
 
 
