@@ -5,8 +5,8 @@ The merges are those of `bpe_reference.train`, and what makes them fast are two 
 * A pair that a merge creates holds the new id. So all the places where a pair ever stands are known once the newer of
   its two ids has been made: they are listed then, one after the other, and no list ever grows (`_list_new_pairs`).
 * From then on a pair's count can only fall. So the priority queue may hold counts that are too high: the true one is
-  taken when a pair comes to its top, and the pair goes back if it was lower (`merge`). For pairs of bytes, whose lists
-  are the longest, it is kept up to date; for others the list is looked through.
+  taken when a pair comes to its top, and the pair goes back if it was lower (`merge`). For pairs of the first ids,
+  whose lists are the longest, it is kept up to date; for others the list is looked through.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,21 +44,23 @@ from jaxlm.tokenizers.bpe_queue import (
     LENGTH,
     LIST,
     MERGES,
-    NEXT,
+    OPENED_AT,
     PAIR,
     PAIRS,
     PLACES,
     drop_into_bucket,
     enqueue,
+    open_bucket,
     pop,
-    push,
 )
 
 _U = np.uint64
 Array64 = npt.NDArray[np.int64]
 Array32 = npt.NDArray[np.int32]
+_Whole = TypeVar("_Whole", np.int32, np.int64)
 
 _SHARE_BITS = 18  # a thread of its own pays for a share of so many bytes
+_KNOWN = 512  # so many ids, the first ones, have pairs whose counts are kept up to date
 _LOW = (1 << 32) - 1
 
 
@@ -81,12 +84,13 @@ def learn(
     num_merges = min(num_merges, size)  # each leaves a symbol less
     # No more than twice the places can be listed anew. What isn't written to takes no memory.
     places = np.empty(3 * size + 1, np.int32)
-    pairs = np.empty((max(1 << 17, size // 4), 5), np.int64)  # enough for natural text
+    pairs = np.empty((max(1 << 17, size // 4), 4), np.int64)  # enough for natural text
+    next_pairs: Array32 = np.empty(len(pairs), np.int32)  # of the same bucket
     heap = np.empty((len(pairs), 3), np.int64)
-    buckets = np.full(BUCKETS, -1, np.int64)
-    state = np.zeros(5, np.int64)
+    buckets = np.full(BUCKETS, -1, np.int32)
+    state = np.zeros(6, np.int64)
     state[BUCKET] = BUCKETS
-    symbols, amounts, byte_counts = _list_byte_pairs(counts, places, pairs, buckets, state, num_threads)
+    symbols, amounts, known_counts = _list_byte_pairs(counts, places, pairs, next_pairs, buckets, state, num_threads)
 
     num_ids = 256 + num_merges
     lengths = np.ones(num_ids, np.int32)
@@ -95,31 +99,38 @@ def learn(
     # For each id as a neighbour of the new one, left and right of it: how many places their pair has, and its count.
     beside = np.zeros((num_ids, 4), np.int64)
     touched = np.empty(2 * num_ids, np.int64)
+    merged_at = np.zeros(num_ids, np.int32)  # how many merges there were when an id was last part of one
     for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
         while merge(
-            symbols, amounts, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
-            neighbours, beside, touched, byte_counts,
+            symbols, amounts, lengths, places, pairs, next_pairs, heap, buckets, state, merges, merge_counts, goal,
+            neighbours, beside, touched, known_counts, merged_at,
         ):  # fmt: skip
-            pairs, heap = _enlarged(pairs), _enlarged(heap)
+            pairs, next_pairs, heap = _enlarged(pairs), _enlarged(next_pairs), _enlarged(heap)
         done = int(state[MERGES])
         yield merges[:done], merge_counts[:done]
         if done < goal:
             return
 
 
-def _enlarged(array: Array64) -> Array64:
+def _enlarged(array: npt.NDArray[_Whole]) -> npt.NDArray[_Whole]:
     """The same rows and three times as many new ones, which take no memory before they are written to."""
-    larger = np.empty((4 * len(array), array.shape[1]), array.dtype)
+    larger = np.empty((4 * len(array), *array.shape[1:]), array.dtype)
     larger[: len(array)] = array
     return larger
 
 
 def _list_byte_pairs(
-    counts: ChunkCounts, places: Array32, pairs: Array64, buckets: Array64, state: Array64, num_threads: int
+    counts: ChunkCounts,
+    places: Array32,
+    pairs: Array64,
+    next_pairs: Array32,
+    buckets: Array32,
+    state: Array64,
+    num_threads: int,
 ) -> tuple[Array32, npt.NDArray[np.int32 | np.int64], Array64]:
     """Lays the chunks out and lists their pairs of bytes, each thread those of its own share of the arena.
 
-    Returns the symbols; how often the chunk at each place occurs; and how often each pair of bytes does.
+    Returns the symbols; how often the chunk at each place occurs; and a table of known counts, those of pairs of bytes.
     """
     size = int(counts.size[1])
     num_threads = max(1, min(num_threads, size >> _SHARE_BITS))
@@ -150,9 +161,11 @@ def _list_byte_pairs(
 
         list(pool.map(lay_out_share, range(num_threads)))
         byte_counts = share_counts.sum(0)
-        enter_byte_pairs(byte_counts, share_ends, pairs, buckets, state)
+        enter_byte_pairs(byte_counts, share_ends, pairs, next_pairs, buckets, state)
+        known_counts = np.zeros((_KNOWN, _KNOWN), np.int64)
+        known_counts[:256, :256] = byte_counts.reshape(256, 256)
         list(pool.map(list_share, range(num_threads)))
-    return symbols, amounts, byte_counts
+    return symbols, amounts, known_counts
 
 
 def _sorted_chunks(table: npt.NDArray[np.uint64], begin: int, end: int) -> npt.NDArray[np.uint64]:
@@ -222,7 +235,7 @@ def count_byte_pairs(symbols, amounts, byte_counts, numbers):
 
 
 @kernel
-def enter_byte_pairs(byte_counts, share_ends, pairs, buckets, state):
+def enter_byte_pairs(byte_counts, share_ends, pairs, next_pairs, buckets, state):
     """Enters the pairs of bytes. The numbers of places become where each share's places of a pair begin."""
     for pair in range(1 << 16):
         place = state[PLACES]
@@ -233,7 +246,7 @@ def enter_byte_pairs(byte_counts, share_ends, pairs, buckets, state):
         if place > state[PLACES]:
             key = np.int64(pair >> 8) << 32 | pair & 0xFF
             _enter_pair(pairs, state, key, byte_counts[pair], place - state[PLACES])
-            drop_into_bucket(pairs, buckets, state[PAIRS] - 1)
+            drop_into_bucket(pairs, next_pairs, buckets, state[PAIRS] - 1)
 
 
 @kernel
@@ -248,21 +261,22 @@ def list_places(symbols, begin, end, places, ends):
 
 @kernel
 def merge(
-    symbols, amounts, lengths, places, pairs, heap, buckets, state, merges, merge_counts, goal,
-    neighbours, beside, touched, byte_counts,
+    symbols, amounts, lengths, places, pairs, next_pairs, heap, buckets, state, merges, merge_counts, goal,
+    neighbours, beside, touched, known_counts, merged_at,
 ):  # fmt: skip
     """Merges until there are `goal` merges or no pair is left; True if it needs a larger table of pairs first."""
     while state[MERGES] < goal:
         if state[HEAP] == 0:
-            if state[BUCKET] == 0:
+            opened = open_bucket(pairs, next_pairs, heap, buckets, state)
+            if opened == 0:
                 return False
-            state[BUCKET] -= 1
-            pair = buckets[state[BUCKET]]
-            buckets[state[BUCKET]] = -1
-            while pair >= 0:
-                prefetch(places, pairs[pair, LIST])
-                push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
-                pair = pairs[pair, NEXT]
+            for index in range(opened):
+                prefetch(places, pairs[heap[min(index + AHEAD, opened - 1), 2], LIST])
+                _prefetch_place(symbols, amounts, places[pairs[heap[min(index + AHEAD // 2, opened - 1), 2], LIST]])
+                pair = heap[index, 2]
+                pairs[pair, BOUND] = _true_count(symbols, amounts, lengths, places, pairs, pair, known_counts)
+                if pairs[pair, BOUND]:
+                    enqueue(pairs, next_pairs, heap, buckets, state, pair)
             continue
         pair = heap[0, 2]
         if state[PAIRS] + 2 * min(pairs[pair, LENGTH], 256 + state[MERGES]) > len(pairs):
@@ -271,29 +285,38 @@ def merge(
         for index in range(min(3, state[HEAP])):  # among them those that come next
             _prefetch_place(symbols, amounts, places[pairs[heap[index, 2], LIST]])
         left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _LOW
-        if left < 256 and right < 256:
-            true_count = byte_counts[left << 8 | right]
-        else:
-            true_count = _recount(symbols, amounts, lengths, places, pairs, pair, left, right)
+        true_count = pairs[pair, BOUND]
+        if max(merged_at[left], merged_at[right]) > max(state[OPENED_AT], left - 255, right - 255):
+            # Something happened to its ids since its bucket was opened or, if that came later, since it was made.
+            true_count = _true_count(symbols, amounts, lengths, places, pairs, pair, known_counts)
         if true_count < pairs[pair, BOUND]:
             pairs[pair, BOUND] = true_count
             if true_count:
-                enqueue(pairs, heap, buckets, state, pair)
+                enqueue(pairs, next_pairs, heap, buckets, state, pair)
             continue
         new = 256 + state[MERGES]
         merges[state[MERGES], 0] = left
         merges[state[MERGES], 1] = right
         merge_counts[state[MERGES]] = true_count
         state[MERGES] += 1
+        merged_at[left] = merged_at[right] = state[MERGES]
         lengths[new] = lengths[left] + lengths[right]
         begin = pairs[pair, LIST]
         end = begin + pairs[pair, LENGTH]
         end = replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbours)
         _list_new_pairs(
-            amounts, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
-            neighbours, beside, touched, byte_counts,
+            amounts, lengths, places, pairs, next_pairs, heap, buckets, state, begin, end, left, right, new,
+            neighbours, beside, touched, known_counts,
         )  # fmt: skip
     return False
+
+
+@kernel
+def _true_count(symbols, amounts, lengths, places, pairs, pair, known_counts):
+    left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _LOW
+    if max(left, right) < len(known_counts):
+        return known_counts[left, right]
+    return _recount(symbols, amounts, lengths, places, pairs, pair, left, right)
 
 
 @kernel
@@ -324,8 +347,8 @@ def _prefetch_place(symbols, amounts, place):
 
 @kernel
 def _list_new_pairs(
-    amounts, lengths, places, pairs, heap, buckets, state, begin, end, left, right, new,
-    neighbours, beside, touched, byte_counts,
+    amounts, lengths, places, pairs, next_pairs, heap, buckets, state, begin, end, left, right, new,
+    neighbours, beside, touched, known_counts,
 ):  # fmt: skip
     """Counts, lists and enqueues the pairs that the new id makes with its neighbours."""
     num_touched = 0
@@ -341,13 +364,15 @@ def _list_new_pairs(
                 beside[neighbour, 2 * side + 1] += amount
     for index in range(num_touched):
         neighbour, column = touched[index] >> 1, 2 * (touched[index] & 1)
-        # The neighbour's pair with the byte that was there is gone; so is that between two merged pairs in a row.
+        # The neighbour's pair with the id that was there is gone; so is that between two merged pairs in a row.
         first, second = (right, neighbour if neighbour != new else left) if column else (neighbour, left)
-        if first < 256 and second < 256:
-            byte_counts[first << 8 | second] -= beside[neighbour, column + 1]
-        key = new << 32 | neighbour if column else neighbour << 32 | new
-        _enter_pair(pairs, state, key, beside[neighbour, column + 1], beside[neighbour, column])
-        enqueue(pairs, heap, buckets, state, state[PAIRS] - 1)
+        if max(first, second) < len(known_counts):
+            known_counts[first, second] -= beside[neighbour, column + 1]
+        first, second = (new, neighbour) if column else (neighbour, new)
+        if max(first, second) < len(known_counts):
+            known_counts[first, second] = beside[neighbour, column + 1]
+        _enter_pair(pairs, state, first << 32 | second, beside[neighbour, column + 1], beside[neighbour, column])
+        enqueue(pairs, next_pairs, heap, buckets, state, state[PAIRS] - 1)
         beside[neighbour, column] = pairs[state[PAIRS] - 1, LIST]
     for index in range(end - begin):
         for side in range(2):

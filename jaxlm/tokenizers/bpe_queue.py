@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from jaxlm.machine_code import kernel
+from jaxlm.tokenizers.bpe_kernels import prefetch
 
 # Columns of the table of pairs: an upper bound of the count, left << 32 | right, where its list of places begins in the
-# array of all lists, how long it is, and the next pair of the same bucket.
-BOUND, PAIR, LIST, LENGTH, NEXT = range(5)
-# The counters of a training: pairs, places in all lists, pairs in the heap, bucket of the heap, merges.
-PAIRS, PLACES, HEAP, BUCKET, MERGES = range(5)
+# array of all lists, and how long it is.
+BOUND, PAIR, LIST, LENGTH = range(4)
+# The counters of a training: pairs, places in all lists, pairs in the heap, the bucket that the heap is of, how many
+# merges there were when it was opened, merges.
+PAIRS, PLACES, HEAP, BUCKET, OPENED_AT, MERGES = range(6)
 # Buckets of counts: up to 1,023 one each, above 512 to an octave.
 BUCKETS = 1024 + 54 * 512
 
@@ -24,20 +26,37 @@ def bucket_of(pair_count):
 
 
 @kernel
-def drop_into_bucket(pairs, buckets, pair):
+def drop_into_bucket(pairs, next_pairs, buckets, pair):
     """Puts a pair in front of those of its bucket, which are a linked list."""
     bucket = bucket_of(pairs[pair, BOUND])
-    pairs[pair, NEXT] = buckets[bucket]
+    next_pairs[pair] = buckets[bucket]
     buckets[bucket] = pair
 
 
 @kernel
-def enqueue(pairs, heap, buckets, state, pair):
+def open_bucket(pairs, next_pairs, heap, buckets, state):
+    """Takes the pairs out of the highest bucket that has some, to where the heap stands; returns how many."""
+    opened = 0
+    while state[BUCKET] > 0 and opened == 0:
+        state[BUCKET] -= 1
+        pair = buckets[state[BUCKET]]
+        buckets[state[BUCKET]] = -1
+        while pair >= 0:
+            prefetch(pairs, pair)
+            heap[opened, 2] = pair
+            opened += 1
+            pair = next_pairs[pair]
+    state[OPENED_AT] = state[MERGES]
+    return opened
+
+
+@kernel
+def enqueue(pairs, next_pairs, heap, buckets, state, pair):
     """A pair goes into the heap, or into its bucket if that hasn't been opened yet."""
     if bucket_of(pairs[pair, BOUND]) >= state[BUCKET]:
         push(heap, state, pairs[pair, BOUND], pairs[pair, PAIR], pair)
     else:
-        drop_into_bucket(pairs, buckets, pair)
+        drop_into_bucket(pairs, next_pairs, buckets, pair)
 
 
 @kernel
