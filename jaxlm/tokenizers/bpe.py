@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the engine is imported where it is used, since numba takes 
     from jaxlm.tokenizers.bpe_split import Splitter
 
 _BLOCK = 1 << 20  # characters that are encoded or counted together
+_PART = 1 << 17  # of these, characters that are counted at once: their UTF-8 stays in the processor's cache
 _PROGRESS_ROUNDS = 200
 _MOST_REPEATS = 10_000  # in a pattern of one's own
 _MOST_IDS = 1 << 24  # what is looked up by id has a place for each, used or not
@@ -555,15 +556,16 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
             counts = idle.pop()
         except IndexError:
             counts = ChunkCounts()
-        buffer = make_buffer([encode_utf8(text) for text in block])
-        counts.add(splitter.begin(buffer, block))
+        for part in blocks_of(cut(block, _PART), _PART):
+            buffer = make_buffer([encode_utf8(text) for text in part])
+            counts.add(splitter.begin(buffer, part))
         idle.append(counts)
 
-    def pieces() -> Iterator[str]:
-        for text in each_text(texts):
-            yield from splitter.cut([text], _BLOCK)
+    def cut(texts: Iterable[str], size: int) -> Iterator[str]:
+        for text in texts:
+            yield from splitter.cut([text], size)
 
-    _map(count, blocks_of(pieces(), _BLOCK), num_threads)
+    _map(count, blocks_of(cut(each_text(texts), _BLOCK), _BLOCK), num_threads)
     total = max(idle, key=lambda counts: counts.size[0], default=ChunkCounts())
     for counts in idle:
         if counts is not total:

@@ -13,11 +13,16 @@ from jaxlm.tokenizers.bpe_kernels import (
     chunk_table,
     enter_chunk,
     find_slot,
+    home_slot,
+    prefetch,
     row_key,
 )
 from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks
 
 _U = np.uint64
+
+
+_TOGETHER = 16
 
 
 class ChunkCounts:
@@ -37,11 +42,12 @@ class ChunkCounts:
         self.table = chunk_table(12)
         self.arena = np.empty(1 << 16, np.uint8)
         self.size = np.zeros(2, np.int64)
+        self._keys = np.empty((_TOGETHER, 5), np.uint64)
 
     def add(self, chunks: Chunks) -> None:
         """Counts the chunks of a buffer."""
         *_, ends, where = chunks
-        while not count(*chunks, self.table, self.arena, self.size):
+        while not count(*chunks, self.table, self.arena, self.size, self._keys):
             self._make_room(int(ends[where[DONE]] - where[START]))
 
     def update(self, other: ChunkCounts) -> None:
@@ -62,22 +68,34 @@ class ChunkCounts:
 
 
 @kernel
-def count(buffer, classes, scheme, ends, where, table, arena, size):
+def count(buffer, classes, scheme, ends, where, table, arena, size, keys):
     """Counts chunks until all are done; False if there is no room for the next one."""
     while next_chunks(buffer, classes, scheme, ends, where):
-        start = where[START]
-        for index in range(where[DONE], where[KNOWN]):
-            while buffer[start] == TEXT_END:
-                start += 1
-            end = ends[index]
-            first, second, short, code = chunk_key(buffer, start, end - start)
-            if not _add(buffer, start, end - start, first, second, short, code, _U(1), table, arena, size):
-                where[START] = start
-                where[DONE] = index
-                return False
-            start = end
-        where[START] = start
-        where[DONE] = where[KNOWN]
+        # The places in the table are asked for some chunks ahead, so that their cache lines are there when they matter.
+        while where[DONE] < where[KNOWN]:
+            number = min(len(keys), where[KNOWN] - where[DONE])
+            start = where[START]
+            for index in range(number):
+                while buffer[start] == TEXT_END:
+                    start += 1
+                end = ends[where[DONE] + index]
+                first, second, short, code = chunk_key(buffer, start, end - start)
+                prefetch(table, home_slot(table, code))
+                keys[index, 0] = first
+                keys[index, 1] = second
+                keys[index, 2] = _U(short)
+                keys[index, 3] = code
+                keys[index, 4] = _U(start)
+                start = end
+            for index in range(number):
+                start = np.int64(keys[index, 4])
+                first, second, short, code = keys[index, 0], keys[index, 1], np.int64(keys[index, 2]), keys[index, 3]
+                length = ends[where[DONE]] - start
+                if not _add(buffer, start, length, first, second, short, code, _U(1), table, arena, size):
+                    where[START] = start
+                    return False
+                where[DONE] += 1
+            where[START] = ends[where[DONE] - 1]
     return True
 
 

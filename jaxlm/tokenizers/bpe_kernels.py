@@ -116,10 +116,16 @@ def row_key(table, slot, arena):
 
 
 @inlined
+def home_slot(table, code):
+    """The slot of a chunk with this hash, unless others have taken it."""
+    return np.int64(code >> _U(20)) & (len(table) - 1)
+
+
+@inlined
 def find_slot(table, arena, buffer, start, length, first, second, short, code):
     """The slot of a chunk, or the empty one that it belongs into, and whether it is there."""
     mask = len(table) - 1
-    slot = np.int64(code >> _U(20)) & mask
+    slot = home_slot(table, code)
     while True:
         place = table[slot, PLACE]
         if (
