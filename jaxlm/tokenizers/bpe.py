@@ -47,8 +47,8 @@ if TYPE_CHECKING:  # the engine is imported where it is used, since numba takes 
     from jaxlm.tokenizers.bpe_encode import PairTable, Workspace
     from jaxlm.tokenizers.bpe_split import Splitter
 
-_BLOCK = 1 << 20  # characters that are encoded or counted together
-_PART = 1 << 17  # of these, characters that are counted at once: their UTF-8 stays in the processor's cache
+_BLOCK = 1 << 20  # characters that are encoded together
+_COUNTED = 1 << 18  # characters that are counted together: their UTF-8 stays in the processor's cache
 _PROGRESS_ROUNDS = 200
 _MOST_REPEATS = 10_000  # in a pattern of one's own
 _MOST_IDS = 1 << 24  # what is looked up by id has a place for each, used or not
@@ -556,16 +556,15 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
             counts = idle.pop()
         except IndexError:
             counts = ChunkCounts()
-        for part in blocks_of(cut(block, _PART), _PART):
-            buffer = make_buffer([encode_utf8(text) for text in part])
-            counts.add(splitter.begin(buffer, part))
+        buffer = make_buffer([encode_utf8(text) for text in block])
+        counts.add(splitter.begin(buffer, block))
         idle.append(counts)
 
-    def cut(texts: Iterable[str], size: int) -> Iterator[str]:
-        for text in texts:
-            yield from splitter.cut([text], size)
+    def pieces() -> Iterator[str]:
+        for text in each_text(texts):
+            yield from splitter.cut([text], _COUNTED)
 
-    _map(count, blocks_of(cut(each_text(texts), _BLOCK), _BLOCK), num_threads)
+    _map(count, blocks_of(pieces(), _COUNTED), num_threads)
     total = max(idle, key=lambda counts: counts.size[0], default=ChunkCounts())
     for counts in idle:
         if counts is not total:
@@ -575,22 +574,28 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
 
 def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_threads: int) -> list[Any]:
-    """The results of a function for each block, in order; no more blocks are made than the threads can take soon."""
+    """The results of a function for each block, in order.
+
+    Blocks are made by the thread that calls, two ahead for each other thread; for more it calls the function itself.
+    """
     if num_threads == 1:
         return [function(block) for block in blocks]
-    results = []
-    with ThreadPoolExecutor(num_threads) as pool:
-        pending: deque[Future[Any]] = deque()
+    results: list[Any] = []  # or, of the other threads, where they will be
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(num_threads - 1) as pool:
         try:
             for block in blocks:
-                pending.append(pool.submit(function, block))
-                if len(pending) > 2 * num_threads:
-                    results.append(pending.popleft().result())
-            results += [future.result() for future in pending]
+                while pending and pending[0].done():
+                    pending.popleft().result()
+                if len(pending) < 2 * (num_threads - 1):
+                    pending.append(pool.submit(function, block))
+                    results.append(pending[-1])
+                else:
+                    results.append(function(block))
+            return [result.result() if isinstance(result, Future) else result for result in results]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return results
 
 
 def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
