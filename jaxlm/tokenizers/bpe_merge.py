@@ -353,6 +353,8 @@ def _list_new_pairs(
     """Counts, lists and enqueues the pairs that the new id makes with its neighbours."""
     num_touched = 0
     for index in range(end - begin):
+        if len(amounts) > 1:
+            prefetch(amounts, places[min(begin + index + AHEAD, end - 1)])
         amount = _amount(amounts, places[begin + index])
         for side in range(2):
             neighbour = neighbours[2 * index + side]
