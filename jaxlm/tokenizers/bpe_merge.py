@@ -128,36 +128,34 @@ def _list_byte_pairs(
     state: Array64,
     num_threads: int,
 ) -> tuple[Array32, npt.NDArray[np.int32 | np.int64], Array64]:
-    """Lays the chunks out and lists their pairs of bytes, each thread those of its own share of the arena.
+    """Lays the chunks out and lists their pairs of bytes, each thread those of its own share of the table.
 
     Returns the symbols; how often the chunk at each place occurs; and a table of known counts, those of pairs of bytes.
     """
     size = int(counts.size[1])
     num_threads = max(1, min(num_threads, size >> _SHARE_BITS))
-    bounds = [0]
-    for goal in (size * index // num_threads for index in range(1, num_threads)):
-        begin = max(goal, bounds[-1])  # shares end where chunks do
-        bounds.append(begin + int(np.argmax(counts.arena[begin:size] == TEXT_END)) + 1 if begin < size else size)
-    shares = list(itertools.pairwise([*bounds, size]))
     symbols = np.empty(size + 1, np.int32)
     symbols[size] = -1
     share_counts, share_ends = np.zeros((2, num_threads, 1 << 16), np.int64)
     with ThreadPoolExecutor(num_threads) as pool:
-        chunks = list(pool.map(lambda share: _sorted_chunks(counts.table, *share), shares))
-        all_amounts = np.concatenate([rows[:, VALUE] for rows in chunks]).astype(np.int64)
-        least, most = (all_amounts.min(), all_amounts.max()) if all_amounts.size else (0, 0)
+        chunks, sizes = zip(
+            *pool.map(lambda index: _sorted_chunks(counts, index, num_threads), range(num_threads)), strict=True
+        )
+        least = min((int(rows[:, VALUE].min()) for rows in chunks if len(rows)), default=0)
+        most = max((int(rows[:, VALUE].max()) for rows in chunks if len(rows)), default=0)
         kind: type[np.int32 | np.int64] = np.int32 if most < 1 << 31 else np.int64
         # Where all occur equally often, as where each text is one chunk, it is said once.
         amounts = np.full(1, most, kind) if least == most else np.empty(size, kind)
+        spans = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
 
         def lay_out_share(index: int) -> None:
-            begin, end = shares[index]
+            begin, end = spans[index]
             own = amounts[begin:end] if len(amounts) > 1 else amounts
             lay_out(chunks[index], counts.arena, symbols[begin:end], own)
             count_byte_pairs(symbols[begin:end], own, share_counts[index], share_ends[index])
 
         def list_share(index: int) -> None:
-            list_places(symbols, *shares[index], places, share_ends[index])
+            list_places(symbols, *spans[index], places, share_ends[index])
 
         list(pool.map(lay_out_share, range(num_threads)))
         byte_counts = share_counts.sum(0)
@@ -168,30 +166,39 @@ def _list_byte_pairs(
     return symbols, amounts, known_counts
 
 
-def _sorted_chunks(table: npt.NDArray[np.uint64], begin: int, end: int) -> npt.NDArray[np.uint64]:
-    """The rows of a chunk table for the chunks in a part of the arena, by the first bytes of the chunks.
+def _sorted_chunks(counts: ChunkCounts, index: int, number: int) -> tuple[npt.NDArray[np.uint64], int]:
+    """The rows of one of so many parts of the chunk table, by the first bytes of the chunks.
 
     Chunks that begin alike become neighbours. So most pairs have places near each other, in the processor's cache.
+
+    Returns the rows, and how many places the chunks take.
     """
-    slots = np.empty(len(table), np.uint64)
-    slots = slots[: list_slots(table, begin, end, slots)]
+    table = counts.table
+    slots = np.empty(len(table) // number + 1, np.uint64)
+    found = np.zeros(2, np.int64)
+    list_slots(table, counts.arena, len(table) * index // number, len(table) * (index + 1) // number, slots, found)
+    slots = slots[: found[0]]
     low = _U(len(table) - 1)  # numbers are sorted much faster than what numbers are the keys of
     keys = table[slots, FIRST].byteswap() & ~low | slots
     keys.sort()
     chunks = np.empty((len(keys), 4), np.uint64)
     take_rows(table, keys & low, chunks)
-    return chunks
+    return chunks, int(found[1])
 
 
 @kernel
-def list_slots(table, begin, end, slots):
-    """Writes down the slots whose chunks stand in a part of the arena; returns how many."""
-    number = 0
-    for slot in range(len(table)):
-        if begin <= chunk_place(table, slot) < end:  # an empty slot has the place -1
-            slots[number] = slot
-            number += 1
-    return number
+def list_slots(table, arena, begin, end, slots, found):
+    """Writes down the slots from `begin` to `end` that have chunks, their number, and how many places they take."""
+    for slot in range(begin, end):
+        place = chunk_place(table, slot)
+        if place >= 0:
+            slots[found[0]] = slot
+            found[0] += 1
+            length = np.int64(table[slot, PLACE] >> LENGTH_SHIFT)
+            if length == LONG:
+                while arena[place + length] != TEXT_END:
+                    length += 1
+            found[1] += length + 1
 
 
 @kernel
