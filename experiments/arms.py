@@ -23,7 +23,14 @@ from experiments.language_model import tokenize
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import Corpus
 from jaxlm.data.shards import Survey, TokenizedCorpus, train_documents
-from jaxlm.model import LARGEST_INT, ModelConfig, count_parameters, embedding_parameters, flops_per_token, init
+from jaxlm.model import (
+    LARGEST_INT,
+    ModelConfig,
+    abstract_params,
+    count_parameters,
+    embedding_parameters,
+    flops_per_token,
+)
 from jaxlm.parallel import batch_sharding, data_mesh, replicated
 from jaxlm.runs import read_json, write_json
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -226,7 +233,7 @@ def make_arm(
 
 
 def _with_model(arm: Arm, model: ModelConfig) -> Arm:
-    params = jax.eval_shape(partial(init, model), jax.random.key(0))
+    params = abstract_params(model)
     # A row of an embedding is copied, not multiplied: it takes D additions forward and D backward.
     lookups = 2 * model.width * model.input_tokens
     return replace(
@@ -250,7 +257,7 @@ def with_parameters(arm: Arm, parameters: int) -> Arm:
 
     def size(width: int) -> int:
         model = resized(arm.model, arm.model.num_layers, width)
-        return count_parameters(jax.eval_shape(partial(init, model), jax.random.key(0)))
+        return count_parameters(abstract_params(model))
 
     first = next(width for width in itertools.count(unit, unit) if size(width) >= parameters)
     width = min(max(unit, first - unit), first, key=lambda width: abs(size(width) - parameters))

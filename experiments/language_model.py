@@ -19,11 +19,10 @@ from jaxlm.data.documents import Corpus, open_corpus
 from jaxlm.data.shards import Survey, TokenizedCorpus, survey_corpus, tokenize_corpus, train_documents
 from jaxlm.final_score import evaluate_run
 from jaxlm.loop import train
-from jaxlm.model import ModelConfig, init
+from jaxlm.model import ModelConfig, abstract_params
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import use_cores
 from jaxlm.progress import share_progress
-from jaxlm.reports.figures import learning_curve
 from jaxlm.reports.tables import deviation, parameter_table
 from jaxlm.runs import Acceptable, console, read_metrics, recorded_devices
 from jaxlm.sampling import check_sampling, sample_text
@@ -130,6 +129,8 @@ def run(
     console.print(parameters_of(config.model))
     state = train(run, tokenizer, data, config.model, config.training, params)
     evaluate_run(run, tokenizer, data, config.model, config.training, state)
+    from jaxlm.reports.figures import learning_curve  # half a second, which the first step needn't wait for
+
     figure = run.path / "learning_curve.png"
     metrics = read_metrics(run.path)
     learning_curve(metrics, figure, title=f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids")
@@ -151,7 +152,7 @@ def tokenize(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> TokenizedC
 
 def parameters_of(model: ModelConfig) -> Table:
     """The table of a model's parameters, which aren't computed for it."""
-    return parameter_table(jax.eval_shape(partial(init, model), jax.random.key(0)))
+    return parameter_table(abstract_params(model))
 
 
 def sample_run(workdir: str, sampling: Sampling, seed: int) -> None:

@@ -31,7 +31,7 @@ from jaxlm.data.shards import TokenizedCorpus
 from jaxlm.evaluation import Evaluation, evaluate
 from jaxlm.faults import Faults, Rewind
 from jaxlm.final_score import is_finished
-from jaxlm.model import ModelConfig, Params, flops_per_token
+from jaxlm.model import ModelConfig, Params, abstract_params, flops_per_token
 from jaxlm.parallel import (
     batch_sharding,
     check_compute_type,
@@ -50,6 +50,7 @@ from jaxlm.training import (
     Metrics,
     TrainConfig,
     TrainState,
+    abstract_state,
     init_state,
     make_joint_step,
     make_train_step,
@@ -278,7 +279,7 @@ class _Facts:
     """What the runs of a program have in common: on what they run, and what a token costs."""
 
     def __init__(self, model: ModelConfig, config: TrainConfig) -> None:
-        flops, peak = flops_per_token(jax.eval_shape(partial(init_state, model, config)).params, model), peak_flops()
+        flops, peak = flops_per_token(abstract_params(model), model), peak_flops()
         attention = config.attention or default_implementation(
             config.compute_type, model.dropout, model.context, model.width // model.num_heads
         )
@@ -352,8 +353,7 @@ class _Loop:
         if "run" in record:  # else it is from before checkpoints described their runs
             self.run.check_description(record["run"], step)
         self.run.check_logs(record["log_sizes"])
-        shapes = jax.eval_shape(partial(init_state, self.model, self.config))
-        state = self.checkpoints.restore(abstract(shapes, sharding), step)
+        state = self.checkpoints.restore(abstract(abstract_state(self.model, self.config), sharding), step)
         if step == self.config.steps and is_finished(self.run, self.config):
             return state
         self.faults.restore(record.get("faults", {}))

@@ -7,6 +7,7 @@ are what every backend does best.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,6 +100,12 @@ class ModelConfig:
 def init(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters: weights from N(0, 0.02), or as `zero_outputs` says; biases zero, gains one."""
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.cache
+def abstract_params(config: ModelConfig) -> Params:
+    """The shapes and types of the parameters, which aren't computed for it."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
 def forward(

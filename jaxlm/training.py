@@ -6,6 +6,7 @@ Shapes: B batch, T = context, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -24,7 +25,7 @@ from jaxlm.attention import Implementation
 from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract, saved_steps
 from jaxlm.evaluation import WINDOWS_AT_ONCE, token_nats
 from jaxlm.faults import Policy
-from jaxlm.model import LARGEST_FLOAT, LARGEST_INT, ModelConfig, Params, forward, init, num_parameters
+from jaxlm.model import LARGEST_FLOAT, LARGEST_INT, ModelConfig, Params, abstract_params, forward, init, num_parameters
 from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxlm.parallel import batch_sharding, mean_gradients, memory_bytes
 from jaxlm.runs import CONFIG_FILE, Acceptable, Run, console, read_config
@@ -150,7 +151,16 @@ class TrainState:
 
 def init_state(model: ModelConfig, config: TrainConfig) -> TrainState:
     """Parameters and optimizer state before the first update."""
-    params = init(model, random_key(config.seed, "parameters"))
+    return _first_state(config, init(model, random_key(config.seed, "parameters")))
+
+
+@functools.cache
+def abstract_state(model: ModelConfig, config: TrainConfig) -> TrainState:
+    """The shapes and types of a training's state, which isn't computed for it."""
+    return jax.eval_shape(partial(_first_state, config), abstract_params(model))
+
+
+def _first_state(config: TrainConfig, params: Params) -> TrainState:
     optimizer_state = make_optimizer(config.optimizer, config.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer_state)
 
@@ -383,7 +393,7 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig, 
     tokenizer = load_tokenizer(Path(path) / "tokenizer")
     try:
         model, config = stored_settings(identity)
-        shapes = jax.eval_shape(partial(init_state, model, config))
+        shapes = abstract_state(model, config)
     except (InputError, TypeError, ValueError) as error:
         reason = f" ({error})" if isinstance(error, InputError) else ""
         raise InputError(f"{Path(path) / CONFIG_FILE} is damaged{reason}; restore it, or train again.") from None
