@@ -574,28 +574,39 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
 
 def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_threads: int) -> list[Any]:
-    """The results of a function for each block, in order.
+    """The results of a function for each block, in order; of errors, the first block's.
 
     Blocks are made by the thread that calls, two ahead for each other thread; for more it calls the function itself.
     """
     if num_threads == 1:
         return [function(block) for block in blocks]
-    results: list[Any] = []  # or, of the other threads, where they will be
+    calls: list[Future[Any]] = []
     pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(num_threads - 1) as pool:
         try:
             for block in blocks:
                 while pending and pending[0].done():
                     pending.popleft().result()
-                if len(pending) < 2 * (num_threads - 1):
-                    pending.append(pool.submit(function, block))
-                    results.append(pending[-1])
+                if sum(not call.done() for call in pending) < 2 * (num_threads - 1):
+                    call = pool.submit(function, block)
                 else:
-                    results.append(function(block))
-            return [result.result() if isinstance(result, Future) else result for result in results]
+                    call = _called(function, block)
+                calls.append(call)
+                pending.append(call)
+            return [call.result() for call in calls]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _called(function: Callable[[list[str]], Any], block: list[str]) -> Future[Any]:
+    """As `submit`, at once and in this thread."""
+    call: Future[Any] = Future()
+    try:
+        call.set_result(function(block))
+    except Exception as error:
+        call.set_exception(error)
+    return call
 
 
 def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -20,9 +20,7 @@ from jaxlm.tokenizers.bpe_kernels import (
 from jaxlm.tokenizers.bpe_split import DONE, KNOWN, START, Chunks, next_chunks
 
 _U = np.uint64
-
-
-_TOGETHER = 16
+_TOGETHER = 16  # chunks whose rows of the table are asked for before the first of them is counted
 
 
 class ChunkCounts:
@@ -69,9 +67,11 @@ class ChunkCounts:
 
 @kernel
 def count(buffer, classes, scheme, ends, where, table, arena, size, keys):
-    """Counts chunks until all are done; False if there is no room for the next one."""
+    """Counts chunks until all are done; False if there is no room for the next one.
+
+    As many at once as `keys` has rows: for all of them memory is asked for first, so that it is waited for once.
+    """
     while next_chunks(buffer, classes, scheme, ends, where):
-        # The places in the table are asked for some chunks ahead, so that their cache lines are there when they matter.
         while where[DONE] < where[KNOWN]:
             number = min(len(keys), where[KNOWN] - where[DONE])
             start = where[START]

@@ -14,6 +14,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_threads_and_blocks_change_nothing(texts: list[str], threads: int, block
     chunks = [chunk for text in texts for chunk in bpe_reference.split(text, SPLIT_PATTERNS["gpt4"])]
     merges = bpe_reference.train(chunks, 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "_BLOCK", block)
+        patch.setattr(bpe, "_COUNTED", block)
         tokenizer = BPETokenizer.train(texts, 256 + len(merges), special_tokens=(), num_threads=threads)
     assert tokenizer.merges == merges
 
@@ -249,6 +250,17 @@ def test_less_than_one_thread_is_refused(threads: Any) -> None:
     ):
         with pytest.raises(InputError, match=f"at least 1, or None for all cores, not {threads!r}"):
             use()
+
+
+def test_of_several_texts_that_are_refused_the_first_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "_BLOCK", 1_000)
+    monkeypatch.setattr(bpe, "_COUNTED", 1_000)
+    tokenizer = BPETokenizer([(97, 98)], special_tokens=())
+    for number in range(20):
+        texts = ["ab " * 1_000] * number + [f"ab{chr(0xD800 + bad)}" * 400 for bad in range(6)]
+        for use in (tokenizer.encode_batch, partial(BPETokenizer.train, vocab_size=257, special_tokens=())):
+            with pytest.raises(InputError, match=r"U\+D800 at character 2,"):
+                use(texts, num_threads=3)
 
 
 def test_a_batch_is_a_list_of_texts() -> None:
