@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # the engine is imported where it is used, since numba takes 
     from jaxlm.tokenizers.bpe_split import Splitter
 
 _BLOCK = 1 << 20  # characters that are encoded together
-_COUNTED = 1 << 18  # characters that are counted together: their UTF-8 stays in the processor's cache
+_COUNTED = 1 << 18  # characters, up to twice, that are counted together: their UTF-8 stays in the processor's cache
 _PROGRESS_ROUNDS = 200
 _MOST_REPEATS = 10_000  # in a pattern of one's own
 _MOST_IDS = 1 << 24  # what is looked up by id has a place for each, used or not
@@ -574,26 +574,24 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
 
 def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_threads: int) -> list[Any]:
-    """The results of a function for each block, in order; of errors, the first block's.
+    """The results of a function for each block, in order; of the function's errors, the first block's.
 
-    Blocks are made by the thread that calls, two ahead for each other thread; for more it calls the function itself.
+    The thread that calls makes the blocks. While two for each other thread wait or are under way, it takes one itself.
     """
     if num_threads == 1:
         return [function(block) for block in blocks]
-    calls: list[Future[Any]] = []
+    results = []
     pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(num_threads - 1) as pool:
         try:
             for block in blocks:
                 while pending and pending[0].done():
-                    pending.popleft().result()
+                    results.append(pending.popleft().result())
                 if sum(not call.done() for call in pending) < 2 * (num_threads - 1):
-                    call = pool.submit(function, block)
+                    pending.append(pool.submit(function, block))
                 else:
-                    call = _called(function, block)
-                calls.append(call)
-                pending.append(call)
-            return [call.result() for call in calls]
+                    pending.append(_called(function, block))
+            return results + [call.result() for call in pending]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

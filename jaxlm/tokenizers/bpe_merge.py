@@ -5,8 +5,9 @@ The merges are those of `bpe_reference.train`, and what makes them fast are two 
 * A pair that a merge creates holds the new id. So all the places where a pair ever stands are known once the newer of
   its two ids has been made: they are listed then, one after the other, and no list ever grows (`_list_new_pairs`).
 * From then on a pair's count can only fall. So the priority queue may hold counts that are too high: the true one is
-  taken when a pair comes to its top, and the pair goes back if it was lower (`merge`). For pairs of the first ids,
-  whose lists are the longest, it is kept up to date; for others the list is looked through.
+  taken when a pair's bucket is opened, and at the top again if one of its ids has been merged since; the pair goes
+  back if it was lower (`merge`). For pairs of the first ids, whose lists are the longest, it is kept up to date; for
+  others the list is looked through.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def learn(
     state = np.zeros(6, np.int64)
     state[BUCKET] = BUCKETS
     symbols, amounts, known_counts = _list_byte_pairs(counts, places, pairs, next_pairs, buckets, state, num_threads)
+    counts.clear()
 
     num_ids = 256 + num_merges
     lengths = np.ones(num_ids, np.int32)

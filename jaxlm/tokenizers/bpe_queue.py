@@ -35,7 +35,7 @@ def drop_into_bucket(pairs, next_pairs, buckets, pair):
 
 @kernel
 def open_bucket(pairs, next_pairs, heap, buckets, state):
-    """Takes the pairs out of the highest bucket that has some, to where the heap stands; returns how many."""
+    """Takes the pairs out of the highest bucket that has some, into the rows of the empty heap; returns how many."""
     opened = 0
     while state[BUCKET] > 0 and opened == 0:
         state[BUCKET] -= 1
