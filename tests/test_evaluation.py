@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxlm.data.shards import TokenStream
 from jaxlm.evaluation import Evaluation, evaluate, score_documents, summarise, token_nats
-from jaxlm.model import ModelConfig, Params, forward, init
+from jaxlm.model import ModelConfig, Params, abstract_params, forward
 from jaxlm.tokenizers.base import InputError
 
 Ids = npt.NDArray[np.int32]
@@ -41,7 +40,7 @@ def random_documents(lengths: Sequence[int], seed: int = 0) -> list[Ids]:
 def lively(config: ModelConfig, seed: int = 0) -> Params:
     """Parameters with which every token of the context makes a difference."""
     random = np.random.default_rng(seed)
-    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    shapes = abstract_params(config)
     return jax.tree.map(lambda leaf: random.normal(0.0, 0.7, leaf.shape).astype(np.float32), shapes)
 
 

@@ -15,7 +15,17 @@ import numpy.typing as npt
 import pytest
 
 from jaxlm import model
-from jaxlm.model import ModelConfig, Params, _rotate, count_parameters, flops_per_token, forward, init, num_parameters
+from jaxlm.model import (
+    ModelConfig,
+    Params,
+    _rotate,
+    abstract_params,
+    count_parameters,
+    flops_per_token,
+    forward,
+    init,
+    num_parameters,
+)
 from jaxlm.tokenizers.base import InputError
 
 Float64 = npt.NDArray[np.float64]
@@ -63,7 +73,7 @@ def fresh(config: ModelConfig, seed: int = 0) -> Params:
 
 
 def _parameters(config: ModelConfig, draw: Callable[[str, tuple[int, ...]], Float64]) -> Params:
-    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    shapes = abstract_params(config)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: draw(path[-1].key, leaf.shape).astype(np.float32), shapes
     )
@@ -250,7 +260,7 @@ def test_scores_with_rope_depend_on_distances_alone() -> None:
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(98, 453_986), (500, 557_300)])
 def test_the_seed_model_has_its_size(vocab_size: int, expected: int) -> None:
-    params = jax.eval_shape(lambda key: init(ModelConfig(vocab_size), key), jax.random.key(0))
+    params = abstract_params(ModelConfig(vocab_size))
     found = count_parameters(params)
     assert found == expected, f"the seed model has {found:,} parameters instead of {expected:,} at {vocab_size} ids"
 
@@ -274,7 +284,7 @@ SIZES = {
 
 
 def size(config: ModelConfig) -> int:
-    return count_parameters(jax.eval_shape(partial(init, config), jax.random.key(0)))
+    return count_parameters(abstract_params(config))
 
 
 def test_each_option_has_its_size() -> None:
@@ -296,7 +306,7 @@ def test_operations_per_token_by_hand() -> None:
     """Six for each number of a matrix; twelve for each number of each pair of a token with one that it sees."""
 
     def found(config: ModelConfig) -> int:
-        return flops_per_token(jax.eval_shape(partial(init, config), jax.random.key(0)), config)
+        return flops_per_token(abstract_params(config), config)
 
     # 2 layers of 4 matrices of 128 x 128 and 2 of 128 x 512, a head of 128 x 98; 1 to 256 tokens seen.
     assert found(ModelConfig(98)) == 6 * (2 * (4 * 128**2 + 2 * 128 * 512) + 128 * 98) + 12 * 2 * 128 * 257 // 2

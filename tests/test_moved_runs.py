@@ -34,7 +34,7 @@ from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import data_mesh, replicated
 from jaxlm.runs import Run, read_config, read_metrics
 from jaxlm.tokenizers import CharTokenizer, Tokenizer
-from jaxlm.training import TrainConfig, TrainState, init_state, load_trained, make_train_step, open_run
+from jaxlm.training import TrainConfig, TrainState, abstract_state, load_trained, make_train_step, open_run
 
 KEPT = Path(__file__).parent / "kept_run"
 MODEL = ModelConfig(vocab_size=27, context=16, width=8, num_layers=1, num_heads=2, feed_forward_width=16, dropout=0.1)
@@ -159,7 +159,7 @@ def on_all_devices(folder: Path) -> None:
         spec = PartitionSpec(*(("data" if i == axis else None) for i in range(len(leaf.shape))))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    shapes = jax.tree.map(divided, jax.eval_shape(lambda: init_state(MODEL, CONFIG)))
+    shapes = jax.tree.map(divided, abstract_state(MODEL, CONFIG))
     checkpoints = Checkpoints(folder / "run" / "checkpoints", read_only=True)
     state = checkpoints.restore(shapes, 10)
     record = checkpoints.record(10)
@@ -201,7 +201,7 @@ def test_a_run_goes_on_with_more_devices_and_with_divided_parameters_and_back(tm
     assert len(read_config(moved / "run")["environment"]["devices"]) == 1, "where it was begun"
     saved = Checkpoints(moved / "divided", read_only=True)
     place = SingleDeviceSharding(jax.devices()[0])
-    whole = saved.restore(abstract(jax.eval_shape(lambda: init_state(MODEL, CONFIG)), place), 12)
+    whole = saved.restore(abstract(abstract_state(MODEL, CONFIG), place), 12)
     saved.close()
     train_until(moved, CONFIG)
     assert losses(moved) == pytest.approx(expected, rel=5e-4)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import optax
 import pytest
 
-from jaxlm.model import ModelConfig, init
+from jaxlm.model import ModelConfig, abstract_params
 from jaxlm.optimizers import (
     OptimizerConfig,
     block_matrices,
@@ -108,7 +108,7 @@ def _is_adam(part: object) -> bool:
 
 
 def test_the_decay_mask_picks_out_the_matrices_of_a_model() -> None:
-    params = jax.eval_shape(lambda key: init(ModelConfig(20), key), jax.random.key(0))
+    params = abstract_params(ModelConfig(20))
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     chosen = {"/".join(entry.key for entry in path) for path, decays in mask if decays}
     layers = [f"block_{layer}/" for layer in range(2)]
@@ -262,7 +262,7 @@ def test_an_update_of_muon_has_the_singular_vectors_of_the_gradient_and_an_rms_n
 
 def test_block_matrices_are_those_of_a_model() -> None:
     config = ModelConfig(20, activation="swiglu", input_tokens=2)
-    params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    params = abstract_params(config)
     chosen = jax.tree_util.tree_leaves_with_path(block_matrices(params))
     found = {"/".join(entry.key for entry in path) for path, is_one in chosen if is_one}
     names = ["query", "key", "value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"]

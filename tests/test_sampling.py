@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from jaxlm.model import ModelConfig, Params, forward, init
+from jaxlm.model import ModelConfig, Params, abstract_params, forward
 from jaxlm.sampling import generate, sample_text
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer
 from jaxlm.tokenizers.base import END_OF_TEXT, InputError, Tokenizer
@@ -31,7 +30,7 @@ def lively(config: ModelConfig, seed: int = 0) -> Params:
 
 
 def _shapes(config: ModelConfig) -> Any:
-    return jax.eval_shape(partial(init, config), jax.random.key(0))
+    return abstract_params(config)
 
 
 def take(count: int, params: Params, prompt: npt.NDArray[np.int32] = PROMPT, **options: Any) -> list[int]:

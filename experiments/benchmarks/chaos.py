@@ -36,7 +36,7 @@ from jaxlm.checkpoints import Checkpoints, abstract, saved_steps
 from jaxlm.reports.tables import rows_table
 from jaxlm.runs import METRICS_FILE, SAMPLES_FILE, RunFailed, console, read_config, read_metrics
 from jaxlm.tokenizers.base import InputError
-from jaxlm.training import TrainConfig, init_state, stored_settings
+from jaxlm.training import TrainConfig, abstract_state, stored_settings
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def fingerprint(workdir: Path) -> str:
     """A hash of all that a run leaves: parameters, optimizer state, losses and scores, samples."""
     model, training = stored_settings(read_config(workdir)["identity"])
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    shapes = jax.eval_shape(partial(init_state, model, training))
+    shapes = abstract_state(model, training)
     state = checkpoints.restore(abstract(shapes, SingleDeviceSharding(jax.devices()[0])), max(checkpoints.steps))
     checkpoints.close()
     digest = hashlib.sha256()
