@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxlm.attention import Implementation, causal_attention, has_numba
 from jaxlm.dropout import dropout
+from jaxlm.norms import Norm
 from jaxlm.tokenizers.base import InputError, check_types, shown
 
 Params = Any
@@ -261,9 +262,9 @@ def _relu(x: jax.Array) -> jax.Array:
 
 @_relu.defjvp
 def _relu_gradient(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """From the result, which the next product keeps anyhow, and not from what was before it."""
+    """From the result, which the next product keeps anyhow; of `y > 0` XLA would make `x > 0`, and keep x as well."""
     y = _relu(*primals)
-    return y, jnp.where(y > 0, *tangents, 0)
+    return y, jnp.where(y != 0, *tangents, 0)
 
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -330,11 +331,9 @@ def _add_to_rows_backward(_: None, d_NX: jax.Array) -> tuple[jax.Array, jax.Arra
 _add_to_rows.defvjp(lambda x_NX, row_X: (_add_to_rows(x_NX, row_X), None), _add_to_rows_backward)
 
 
-def _norm(config: ModelConfig, name: str) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(epsilon=1e-6, use_fast_variance=False, name=name)
-    # E[(x - E x)^2], which doesn't cancel, and the epsilon of the recipe that the seed model is measured against.
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+def _norm(config: ModelConfig, name: str) -> Norm:
+    is_layer = config.norm == "layer"
+    return Norm(is_layer, 1e-5 if is_layer else 1e-6, name=name)  # the first is that of the seed recipe
 
 
 def _rms(x: jax.Array) -> jax.Array:
