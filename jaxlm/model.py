@@ -262,7 +262,7 @@ def _relu(x: jax.Array) -> jax.Array:
 
 @_relu.defjvp
 def _relu_gradient(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """From the result, which the next product keeps anyhow; of `y > 0` XLA would make `x > 0`, and keep x as well."""
+    """From the result, which what follows keeps anyhow; of `y > 0` XLA would make `x > 0`, and keep x as well."""
     y = _relu(*primals)
     return y, jnp.where(y != 0, *tangents, 0)
 

@@ -1,4 +1,6 @@
-"""Layer norm and RMSNorm, with a gradient that keeps and writes nothing of the size of their input in float32.
+"""Layer norm and RMSNorm, with a gradient that keeps their input as it is and two numbers a row.
+
+Of bfloat16, nothing as large as the input is kept or written in float32.
 
 Shapes: N positions, D model width.
 """
@@ -14,13 +16,14 @@ import jax.numpy as jnp
 
 
 class Norm(nn.Module):
-    """Layer norm (Ba et al. 2016): (x - mean) / deviation * scale + bias, in each row, in float32 whatever x is.
+    """Layer norm (Ba et al. 2016): each row x as (x - mean) / deviation * scale + bias; (N, D) -> (N, D).
 
-    RMSNorm (Zhang and Sennrich 2019), if there is no `shift`, leaves out the mean and the bias.
+    RMSNorm (Zhang and Sennrich 2019), if there is no `shift`, leaves out the mean and the bias. Computed in float32
+    and returned in the type of x.
     """
 
     shift: bool
-    epsilon: float  # added to the variance
+    epsilon: float  # added to the variance, or to the mean square
 
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
@@ -48,8 +51,8 @@ def _forward(
 
 
 def _backward(epsilon: float, saved: tuple[Any, ...], d_ND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    # With z the normalised rows and g = d * scale: (g - mean(g) - z mean(g z)) / deviation. The barriers keep XLA from
-    # computing each row's numbers anew for each of their uses, which is why it would write g z down.
+    # With z the normalised rows and g = d * scale: (g - mean(g) - z mean(g z)) / deviation. Without the barriers XLA
+    # computes each row's numbers anew wherever they are used, and writes float32 arrays as large as x on the way.
     x_ND, mean_N1, inverse_N1, scale_D = jax.lax.optimization_barrier(saved)
     d = d_ND.astype(jnp.float32)
     z = (x_ND.astype(jnp.float32) - (0.0 if mean_N1 is None else mean_N1)) * inverse_N1

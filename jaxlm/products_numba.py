@@ -19,8 +19,8 @@ from jaxlm.xla_calls import dimension, integer, is_question, operand, register, 
 
 ROWS = 4  # of a strip that are summed together
 _STRIP = 2 * LANES  # columns
-_DEPTH = 256  # products of each sum at once: a strip of so many rows fills the first cache
-_ROWS_AT_ONCE = 256  # of the first matrix, which stay in the second cache
+_DEPTH = 256  # products of each sum at once: a strip of so many rows is as large as the first cache, or half
+_ROWS_AT_ONCE = 256  # of the first matrix, which are read again for each strip
 
 
 def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:

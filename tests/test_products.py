@@ -15,10 +15,10 @@ STRIP = 2 * LANES
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(4, 1, 1), (128, 3, 2), (132, 1, 5), (300, 9, 1), (12, 5, 9), (516, 4, 4)]
+    ("rows", "inputs", "outputs"), [(4, 1, 1), (256, 3, 2), (260, 1, 5), (300, 17, 1), (12, 5, 17), (516, 4, 4)]
 )
 def test_values_and_gradients_are_those_of_the_plain_product(rows: int, inputs: int, outputs: int) -> None:
-    """Around the edges of the blocks: rows of 4 and of 128, sums of 128; `inputs` and `outputs` are strips."""
+    """Around the edges of the blocks: rows of 4 and of 256, sums of 256; `inputs` and `outputs` are strips."""
     random = np.random.default_rng(rows)
     x, kernel, above = (
         random.normal(size=shape).astype(np.float32)
