@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -581,3 +582,8 @@ def test_the_slope_of_relu_is_told_from_its_result() -> None:
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(our_slope(jnp.ones(6)), their_slope(jnp.ones(6)))
     assert jnp.isnan(model._relu(jnp.nan))
+
+    # XLA tells it from the result, too, and doesn't look through it to x, which would have to be kept.
+    program = jax.jit(lambda x, d: jax.vjp(model._relu, 2.0 * x)[1](d)).lower(x, x).compile().as_text()
+    compared = re.findall(r" compare\(%([\w.]+)", program)
+    assert compared and set(compared) <= set(re.findall(r"%([\w.]+) = \S+ maximum\(", program))

@@ -26,11 +26,7 @@ SCRIPT_LENGTH = 32
 def lively(config: ModelConfig, seed: int = 0) -> Params:
     """Parameters with which every token of the context makes a difference."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: random.normal(0.0, 0.7, leaf.shape).astype(np.float32), _shapes(config))
-
-
-def _shapes(config: ModelConfig) -> Any:
-    return abstract_params(config)
+    return jax.tree.map(lambda leaf: random.normal(0.0, 0.7, leaf.shape).astype(np.float32), abstract_params(config))
 
 
 def take(count: int, params: Params, prompt: npt.NDArray[np.int32] = PROMPT, **options: Any) -> list[int]:
@@ -160,7 +156,7 @@ def scripted(tokenizer: Tokenizer, ids: Sequence[int], prompt: str = "") -> tupl
     A position is a unit vector, blocks add nothing to it, and the head turns each into the token of its place.
     """
     config = ModelConfig(tokenizer.vocab_size, SCRIPT_LENGTH, SCRIPT_LENGTH, 1, 1, 1)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), _shapes(config))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(config))
     params["positions"] = np.eye(SCRIPT_LENGTH, dtype=np.float32)
     params["final_norm"]["scale"][:] = 1.0
     head = params["head"]["kernel"]
@@ -243,7 +239,7 @@ def test_a_document_begins_with_end_of_text_and_goes_on_with_the_prompt() -> Non
     tokenizer = bytes_alone()
     config = ModelConfig(257, SCRIPT_LENGTH, SCRIPT_LENGTH, 1, 1, 1)
     random = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: random.normal(0.0, 0.7, leaf.shape).astype(np.float32), _shapes(config))
+    params = jax.tree.map(lambda leaf: random.normal(0.0, 0.7, leaf.shape).astype(np.float32), abstract_params(config))
     for prompt in ("", "né", f"a{END_OF_TEXT}b"):
         start = np.array([256, *prompt.encode()], np.int32)
         ids = list(itertools.islice(generate(params, config, start, key=KEY, temperature=0.8, top_k=50), 20))
