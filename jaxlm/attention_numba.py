@@ -32,7 +32,7 @@ from jaxlm.lanes import (
     uints,
     where,
 )
-from jaxlm.machine_code import inlined, kernel
+from jaxlm.machine_code import expanded, kernel
 from jaxlm.products_numba import ROWS, store_two, strip_product
 from jaxlm.xla_calls import dimension, integer, is_question, number, operand, operand_of_uints, register, result
 
@@ -151,7 +151,7 @@ def _transpose(source, rows, columns, target):
             transpose(source, row * columns + column, columns, target, column * rows + row, rows)
 
 
-@inlined
+@expanded
 def _hide(scores, keys, query, key, window, documents, documents_at):
     """Sets the scores of those keys to _NEVER that a query may not see. `query`, `key`: the first ones."""
     for row in range(keys):
@@ -168,7 +168,7 @@ def _hide(scores, keys, query, key, window, documents, documents_at):
             store(scores, at, score)
 
 
-@inlined
+@expanded
 def _is_kept(seed, query, key, limit):
     """Whether dropout keeps the weight of this key for LANES queries: `dropout.keep_mask` of `dropout.weight_index`."""
     queries = (lane_numbers() + uints(query)) * uints(0x10001)
@@ -356,14 +356,14 @@ def _backward(
 # ---- as operations of XLA
 
 
-@inlined
+@expanded
 def _shape(frame):
     """Of q and k: batch, time, heads, groups, head_width."""
     shape = dimension(frame, 0, 0), dimension(frame, 0, 1), dimension(frame, 0, 2), dimension(frame, 1, 2)
     return *shape, dimension(frame, 0, 3)
 
 
-@inlined
+@expanded
 def _settings(frame):
     """scale, window, limit, growth. Attributes come in the order of their names: growth, scale, threshold, window."""
     return number(frame, 1), integer(frame, 3), integer(frame, 2), number(frame, 0)

@@ -16,7 +16,7 @@ from numba.core import cgutils, config, types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, overload, register_model
 
-from jaxlm.machine_code import inlined
+from jaxlm.machine_code import expanded
 
 _features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
 LANES = 16 if "+avx512f" in _features else 8  # a register of AVX-512 or of AVX2; two of NEON's
@@ -173,12 +173,12 @@ def _from_bits(_, vector):
     return _FLOATS(_UINTS), lambda target, builder, signature, arguments: builder.bitcast(*arguments, _FLOATS.llvm)
 
 
-@inlined
+@expanded
 def maximum(a, b):
     return where(a < b, b, a)
 
 
-@inlined
+@expanded
 def exp2(x):
     """2^x, within 2e-7 of it relatively; 0 for x below -127. For x up to 0, say.
 

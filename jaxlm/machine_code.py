@@ -101,7 +101,15 @@ def kernel(function: Function) -> Function:
 
 
 def inlined(function: Function) -> Function:
-    """A kernel that becomes part of each kernel that calls it, for what is called often."""
+    """A kernel that becomes part of those that call it, for what is called often.
+
+    A call of one that isn't hands on each array as eight values.
+    """
+    return _compile(function, nogil=True, forceinline=True)
+
+
+def expanded(function: Function) -> Function:
+    """As `inlined`, but before types are found, so that constants stay constants, and that it may return an array."""
     return _compile(function, nogil=True, inline="always")
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.lanes import LANES, floats, fma, load, load_one, store, transpose
-from jaxlm.machine_code import inlined, kernel
+from jaxlm.machine_code import expanded, kernel
 from jaxlm.parallel import num_cores
 from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result
 
@@ -57,7 +57,7 @@ def _call(a: jax.Array, b: jax.Array, first_turned: int = 0, second_turned: int 
     return call(a, b, first_turned=np.int64(first_turned), second_turned=np.int64(second_turned))[0]
 
 
-@inlined
+@expanded
 def strip_product(c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_row, rows, steps, add):
     """c = a b, or c += a b, for so many rows of c, two vectors of its columns, and so many products in each sum.
 
@@ -88,7 +88,7 @@ def strip_product(c, c_at, c_row, a, a_at, a_row, a_step, b, b_at, b_row, rows, 
         store_two(c, c3, s30, s31)
 
 
-@inlined
+@expanded
 def store_two(array, index, first, second):
     store(array, index, first)
     store(array, index + LANES, second)

@@ -16,7 +16,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from jaxlm.machine_code import function_pointer, inlined
+from jaxlm.machine_code import expanded, function_pointer
 
 # Words of XLA_FFI_CallFrame, and of what it points to.
 _EXTENSION, _OPERANDS, _RESULTS, _ATTRIBUTES = 1, 9, 14, 20
@@ -68,13 +68,13 @@ def _array_of(element: types.Type) -> Any:
 _floats, _uints = _array_of(types.float32), _array_of(types.uint32)
 
 
-@inlined
+@expanded
 def dimension(frame, operand, axis):
     """The length of an axis of an operand."""
     return _words(_words(_words(frame[_OPERANDS])[operand])[_BUFFER_DIMENSIONS])[axis]
 
 
-@inlined
+@expanded
 def _size(buffer):
     size = 1
     for axis in range(buffer[_BUFFER_RANK]):
@@ -82,40 +82,40 @@ def _size(buffer):
     return size
 
 
-@inlined
+@expanded
 def operand(frame, index):
     """The float32 numbers of an operand, whatever its shape."""
     buffer = _words(_words(frame[_OPERANDS])[index])
     return _floats(buffer[_BUFFER_DATA], _size(buffer))
 
 
-@inlined
+@expanded
 def operand_of_uints(frame, index):
     """The 32-bit integers of an operand."""
     buffer = _words(_words(frame[_OPERANDS])[index])
     return _uints(buffer[_BUFFER_DATA], _size(buffer))
 
 
-@inlined
+@expanded
 def result(frame, index):
     """The float32 numbers of a result, to be written."""
     buffer = _words(_words(frame[_RESULTS])[index])
     return _floats(buffer[_BUFFER_DATA], _size(buffer))
 
 
-@inlined
+@expanded
 def integer(frame, index):
     """An int64 attribute. They are in the order of their names."""
     return _words(_words(_words(frame[_ATTRIBUTES])[index])[_SCALAR_VALUE])[0]
 
 
-@inlined
+@expanded
 def number(frame, index):
     """A float32 attribute."""
     return _floats(_words(_words(frame[_ATTRIBUTES])[index])[_SCALAR_VALUE], 1)[0]
 
 
-@inlined
+@expanded
 def is_question(frame):
     """Whether XLA only asks for the version of the interface, which this answers then."""
     if frame[_EXTENSION] == 0 or _words(frame[_EXTENSION])[_EXTENSION_TYPE] & 0xFFFFFFFF != _IS_METADATA:

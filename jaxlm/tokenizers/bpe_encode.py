@@ -198,7 +198,7 @@ def encode(
     return room
 
 
-@kernel
+@inlined
 def _cache_chunk(
     cache, arena, cached_ids, size, buffer, start, length, slot, first, second, short, code, out, count, amount
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _cache_chunk(
     size[2] += amount
 
 
-@kernel
+@inlined
 def _encode_new(
     buffer, start, length, short_room, lists, symbols, places, neighbours, results,
     pairs, merges, lengths, ids, whole, whole_arena, out, count,
@@ -236,7 +236,7 @@ def _encode_new(
     return _encode_short(buffer, start, length, short_room, pairs, ids, out, count)
 
 
-@kernel
+@inlined
 def _encode_short(buffer, start, length, room, pairs, ids, out, count):
     """The textbook: the pair with the lowest result is merged until none has any."""
     results = room[1]  # of each symbol with the one after it; 0 is none

@@ -5,6 +5,8 @@ Arrays that turn out too small for a kernel are made larger between two calls.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
@@ -15,6 +17,7 @@ from jaxlm.machine_code import COMPILED, inlined, kernel
 
 TEXT_END = 0xFF  # closes a text or a chunk; UTF-8 contains no such byte
 _U = np.uint64
+_Number = TypeVar("_Number", bound=np.generic)
 _ALL = _U(0xFFFFFFFFFFFFFFFF)
 BYTE_MASK = _U(0xFF)
 
@@ -70,9 +73,17 @@ _PLACE_MASK = _U((1 << 56) - 1)
 _FACTOR_1, _FACTOR_2 = _U(0x9E3779B97F4A7C15), _U(0xD6E8FEB86659FD93)
 
 
+def aligned_rows(number: int, columns: int, kind: type[_Number]) -> npt.NDArray[_Number]:
+    """Rows of zeros that begin where a cache line does: none of a power of two bytes lies across two of them."""
+    line = 64 // np.dtype(kind).itemsize
+    room = np.zeros(number * columns + line, kind)
+    begin = -room.ctypes.data % 64 // room.itemsize
+    return room[begin : begin + number * columns].reshape(number, columns)
+
+
 def chunk_table(bits: int) -> npt.NDArray[np.uint64]:
     """An empty table of 2^bits slots."""
-    return np.zeros((1 << bits, 4), np.uint64)
+    return aligned_rows(1 << bits, 4, np.uint64)
 
 
 @inlined
@@ -173,11 +184,18 @@ def chunk_place(table, slot):
 # Symbols stand in one array, with -1 between and after chunks. A symbol that stands for n bytes keeps their n places:
 # its id stands in the first and in the last of them, so that both neighbours are found from the lengths of ids.
 
+
+@kernel
+def amount_at(amounts, place):
+    """How often the chunk at a place occurs."""
+    return amounts[place] if len(amounts) > 1 else amounts[0]
+
+
 AHEAD = 16  # places before one is come to, its cache line is asked for
 GONE = -2  # in a place where a symbol began that was merged into the one before it
 
 
-@kernel
+@inlined
 def replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbours):
     """Merges a pair, from left to right, where it still stands among `places[begin:end]`, which rise.
 
@@ -203,7 +221,7 @@ def replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbo
     return kept
 
 
-@kernel
+@inlined
 def _note_neighbours(symbols, lengths, place, new, neighbours, at):
     before = symbols[place - 1]  # before the first place of all, this is the -1 at the end
     neighbours[at] = before if before != new else -1

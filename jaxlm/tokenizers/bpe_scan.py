@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.machine_code import kernel
+from jaxlm.machine_code import inlined, kernel
 from jaxlm.tokenizers.bpe_kernels import TEXT_END, load8
 
 # One bit a class, so that a set of classes is their sum. END, which is in no set, is the class of the byte 0xFF.
@@ -59,7 +59,7 @@ def _plain_word_end(buffer, classes, i):
     return _letters_end(buffer, classes, end) if letters == 8 or buffer[end] >= 0x80 else end
 
 
-@kernel
+@inlined
 def gpt2_end(buffer, classes, i):
     end = _plain_word_end(buffer, classes, i)
     if end:
@@ -82,7 +82,7 @@ def gpt2_end(buffer, classes, i):
     return _white_end(buffer, classes, i, False, False)
 
 
-@kernel
+@inlined
 def gpt4_end(buffer, classes, i):
     end = _plain_word_end(buffer, classes, i)
     if end:
@@ -106,7 +106,7 @@ def gpt4_end(buffer, classes, i):
     return _white_end(buffer, classes, i, True, False)
 
 
-@kernel
+@inlined
 def o200k_end(buffer, classes, i):
     kind, following = _character(buffer, classes, i)
     end = 0

@@ -24,11 +24,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlm
-from jaxlm.tokenizers import END_OF_TEXT, BPETokenizer, InputError, bpe, bpe_merge, bpe_reference, load_tokenizer
+from jaxlm import machine_code
+from jaxlm.tokenizers import (
+    END_OF_TEXT,
+    BPETokenizer,
+    InputError,
+    bpe,
+    bpe_merge,
+    bpe_reference,
+    bpe_work,
+    load_tokenizer,
+)
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS, Workspace
 from jaxlm.tokenizers.bpe_kernels import VALUE
 from jaxlm.tokenizers.bpe_merge import learn
+from jaxlm.tokenizers.bpe_queue import put_in_order
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
 from jaxlm.tokenizers.bpe_split import Splitter, make_buffer
 
@@ -60,9 +71,64 @@ def test_merges_of_runs_and_ties(words: list[tuple[str, int]], known: int) -> No
     texts = [word for word, number in words for _ in range(number)]
     merges = bpe_reference.train(texts, 40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_merge, "_KNOWN", known)
+        patch.setattr(bpe_work, "_KNOWN", known)
         tokenizer = BPETokenizer.train(texts, 256 + len(merges), split="none", special_tokens=())
     assert tokenizer.merges == merges
+
+
+def random_words(seed: int, number: int, letters: str) -> list[str]:
+    """Words with many ties among their pairs, and with repeats."""
+    random = np.random.default_rng(seed)
+    words = ["".join(random.choice(list(letters), size)) for size in random.integers(1, 12, number)]
+    return words + words[: number // 2]
+
+
+@pytest.mark.parametrize("helper", ["comes", "never comes"])
+@pytest.mark.parametrize("least_shared", [1, 2, 7, 100])
+@pytest.mark.parametrize("letters", ["ab", "abcdefgh", "éà€😀 ab"])
+def test_two_threads_that_share_steps_merge_as_one_does(
+    letters: str, least_shared: int, helper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = random_words(least_shared, 3_000, letters)
+    alone = BPETokenizer.train(texts, 900, split="none", special_tokens=(), num_threads=1)
+    monkeypatch.setattr(bpe_merge, "_LEAST_SHARED", least_shared)
+    if helper == "never comes":
+        monkeypatch.setattr(bpe_merge, "help_merging", lambda work: None)
+    shared = BPETokenizer.train(texts, 900, split="none", special_tokens=(), num_threads=2)
+    assert shared.merges == alone.merges
+    some = texts[:200]
+    merges = bpe_reference.train(some, 60)
+    tokenizer = BPETokenizer.train(some, 256 + len(merges), split="none", special_tokens=(), num_threads=2)
+    assert tokenizer.merges == merges
+
+
+@pytest.mark.parametrize("rounds", [1, 50])
+def test_a_helper_comes_for_every_round_of_merges(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    help_merging = bpe_merge.help_merging
+    monkeypatch.setattr(bpe_merge, "_LEAST_SHARED", 1)
+    monkeypatch.setattr(bpe_merge, "help_merging", lambda work: calls.append(1) or help_merging(work))
+    counts = ChunkCounts()
+    texts = random_words(0, 1_000, "abcd")
+    counts.add(Splitter("none", None).begin(make_buffer([text.encode() for text in texts]), texts))
+    *_, (merges, merge_counts) = learn(counts, 200, rounds=rounds, num_threads=2)
+    assert len(calls) == rounds * machine_code.COMPILED
+    assert merges.tolist() == [list(pair) for pair in bpe_reference.train(texts, 200)]
+    assert (np.diff(merge_counts) <= 0).all()
+
+
+def test_a_bucket_of_many_pairs_is_sorted_by_their_ids() -> None:
+    random = np.random.default_rng(5)
+    for num_ids, bits in ((256, 8), (60_000, 16), (1 << 24, 24)):
+        work = bpe_work.new_work(np.full(301, -1, np.int32), np.ones(1, np.int32), 300)
+        ids = random.integers(0, num_ids, (300, 2))
+        work.state[[bpe_work.BUCKET, bpe_work.MERGES]] = 7, (1 << bits) - 257
+        work.run[:300, 0] = 7
+        work.run[:300, 1] = np.arange(300)
+        work.pairs[:300, bpe_work.PAIR] = ids[:, 0] << 32 | ids[:, 1]
+        put_in_order(work, 300)
+        assert work.state[bpe_work.RUN_END] == 300
+        assert work.run[:300, 1].tolist() == sorted(range(300), key=lambda pair: tuple(ids[pair]))
 
 
 def test_counts_have_64_bits() -> None:
