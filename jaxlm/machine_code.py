@@ -103,7 +103,7 @@ def kernel(function: Function) -> Function:
 def inlined(function: Function) -> Function:
     """A kernel that becomes part of those that call it, for what is called often.
 
-    A call of one that isn't hands on each array as eight values.
+    A call of one that isn't hands on each array as seven values or more.
     """
     return _compile(function, nogil=True, forceinline=True)
 

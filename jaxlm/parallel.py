@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, num_cores
 
 _DATA = "data"
 _CACHE_TOKENS = 512  # whose activations stay in a core's cache
@@ -38,11 +38,6 @@ def use_cores(batch_size: int, num_devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", num_devices or most)
     except RuntimeError:  # JAX has started
         return
-
-
-def num_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compiler_options() -> dict[str, Any]:

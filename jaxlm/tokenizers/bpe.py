@@ -35,6 +35,7 @@ from jaxlm.tokenizers.base import (
     each_text,
     encode_utf8,
     list_of_texts,
+    num_cores,
     one_line,
     shown,
     special_token_ids,
@@ -621,7 +622,7 @@ def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
 def _threads(asked: int | None) -> int:
     """So many threads as were asked for, or one a core."""
     if asked is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return num_cores()
     if not isinstance(asked, Integral) or asked < 1:
         raise InputError(f"num_threads is a whole number of at least 1, or None for all cores, not {asked!r}.")
     return asked

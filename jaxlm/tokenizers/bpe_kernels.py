@@ -18,7 +18,6 @@ from jaxlm.machine_code import COMPILED, inlined, kernel
 TEXT_END = 0xFF  # closes a text or a chunk; UTF-8 contains no such byte
 _U = np.uint64
 _Number = TypeVar("_Number", bound=np.generic)
-_ALL = _U(0xFFFFFFFFFFFFFFFF)
 BYTE_MASK = _U(0xFF)
 
 
@@ -74,7 +73,7 @@ _FACTOR_1, _FACTOR_2 = _U(0x9E3779B97F4A7C15), _U(0xD6E8FEB86659FD93)
 
 
 def aligned_rows(number: int, columns: int, kind: type[_Number]) -> npt.NDArray[_Number]:
-    """Rows of zeros that begin where a cache line does: none of a power of two bytes lies across two of them."""
+    """Rows of zeros that begin where a cache line does: none of 16, 32 or 64 bytes lies across two of them."""
     line = 64 // np.dtype(kind).itemsize
     room = np.zeros(number * columns + line, kind)
     begin = -room.ctypes.data % 64 // room.itemsize

@@ -3,13 +3,14 @@
 The merges are those of `bpe_reference.train`, and what makes them fast are two facts about its loop.
 
 * A pair that a merge creates holds the new id. So all the places where a pair ever stands are known once the newer of
-  its two ids has been made: they are listed then, one after the other, and no list ever grows (`_enter_new_pairs`).
+  its two ids has been made: they are listed then, one after the other, and no list ever grows (`_list_new_places`).
 * From then on a pair's count can only fall. So the priority queue may hold counts that are too high: the true one is
   taken when a pair's bucket is opened, and at the top again if one of its ids has been merged since; the pair goes
   back if it was lower (`merge`). For pairs of the first ids, whose lists are the longest, it is kept up to date; for
   others the list is looked through.
 
-Steps with many places are shared by two threads: the first half of the places is one's, the second is the other's.
+Long steps are shared by two threads. Half of an opened bucket's pairs are one's, and half of a pair's places, where the
+border is one between chunks: so neither reads a symbol that the other writes.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from jaxlm.machine_code import COMPILED, inlined, kernel
-from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.base import InputError, num_cores
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import AHEAD, amount_at, prefetch, replace_pair
 from jaxlm.tokenizers.bpe_layout import laid_out
 from jaxlm.tokenizers.bpe_queue import enqueue, is_in_run, open_bucket, pop, put_in_order
-from jaxlm.tokenizers.bpe_team import KIND, NO_MORE, OFFERED, offer, report, take_back, wait_for_offer
+from jaxlm.tokenizers.bpe_team import KIND, close_board, offer, open_board, report, take_back, wait_for_offer
 from jaxlm.tokenizers.bpe_work import (
     BEGIN,
     BOUND,
@@ -72,7 +73,8 @@ def learn(
     num_merges = min(num_merges, size)  # each leaves a symbol less
     work = laid_out(counts, num_merges, num_threads)
     counts.clear()
-    helped = COMPILED and num_threads > 1 and size >= _LEAST_SHARED
+    # Without a second core a helper would be in the way, and in less text than this no step is shared.
+    helped = COMPILED and min(num_threads, num_cores()) > 1 and size >= _LEAST_SHARED
     work.state[LEAST_SHARED] = _LEAST_SHARED if helped else np.iinfo(np.int64).max
     with ThreadPoolExecutor(1) as pool:
         for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
@@ -85,13 +87,14 @@ def learn(
 
 
 def _merge_with_help(work: Work, goal: int, pool: ThreadPoolExecutor) -> bool:
-    work.board[OFFERED, 0] = 0
-    helper = pool.submit(help_merging, work)
+    open_board(work.board)
     try:
-        return merge(work, goal)
+        helper = pool.submit(help_merging, work)
+        needs_room = merge(work, goal)
     finally:
-        work.board[OFFERED, 0] = NO_MORE
-        helper.result()
+        close_board(work.board)
+    helper.result()  # has gone home before the board is opened again
+    return needs_room
 
 
 @kernel
@@ -171,7 +174,7 @@ def help_merging(work):
 # ---- steps that can be shared
 
 _RECOUNT, _REPLACE, _LIST = range(3)
-_SECOND = np.int64(1)  # share
+_SECOND = np.int64(1)  # share; each step would be compiled once more for a plain 1, which is a type of its own
 
 
 @inlined
@@ -185,7 +188,10 @@ def _divide(work, begin, middle, end):
 
 @kernel
 def _chunk_border(symbols, places, begin, end):
-    """About the middle of `places[begin:end]`, where one place and the next are of different chunks; else the end."""
+    """About the middle of `places[begin:end]`, which rise, where one place and the next are of different chunks.
+
+    The end, if there is no such border nearby.
+    """
     index = begin + (end - begin) // 2
     at = places[index] - 1
     for _ in range(_LOOKED_AT):
@@ -243,7 +249,7 @@ def _prefetch_place(symbols, amounts, place):
 
 @inlined
 def _prefetch_next(work):
-    """Asks for what the next pairs need."""
+    """Asks for what the next pairs need: first their rows, then the first of their places, then what stands there."""
     run, heap, pairs, places = work.run, work.heap, work.pairs, work.places
     coming, last = work.state[RUN], work.state[RUN_END] - 1
     if coming <= last:

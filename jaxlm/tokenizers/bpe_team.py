@@ -1,24 +1,28 @@
 """How two threads share single steps of a merge, which take microseconds, in step 3 of the BPE engine.
 
 To hand such a step to another thread by way of Python would take longer than the step. So the helper looks at a board
-all the time, where the leader offers it one share of a step while doing the other one. The leader takes the share back
-if the helper hasn't come by then. So it waits for work that is being done, never for a thread to be run.
+all the time, which takes a core, and the leader offers it one share of a step there while doing the other one. The
+leader takes the share back if the helper hasn't come by then. So it waits for work that was begun, never for a thread
+to begin. Nothing in a step can raise, so what was begun is finished.
 """
 
 from __future__ import annotations
 
 import platform
 
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from jaxlm.machine_code import inlined
 
-# The board: the number of the step that has a share on offer (0: none, -1: there will be no more), that of the step
-# whose share the helper did last, and what kind of step it is; each in a cache line of its own.
+# The board's rows, each a cache line of its own: the number of the step that has a share on offer (0: none, -1: there
+# will be no more); that of the step whose share the helper did last; what kind of step is on offer, and the number of
+# the last that was. No number comes twice, so nobody can take one step's share for another's.
 OFFERED, DONE, KIND = range(3)
-NO_MORE = -1
+_NO_MORE = -1
 
 
 def _place(target, builder, signature, arguments):
@@ -74,6 +78,16 @@ def _pause(context):
     return types.void(), generate
 
 
+def open_board(board: npt.NDArray[np.int64]) -> None:
+    """Before a helper comes."""
+    board[OFFERED, 0] = 0
+
+
+def close_board(board: npt.NDArray[np.int64]) -> None:
+    """Sends the helper home, and any that comes later."""
+    board[OFFERED, 0] = _NO_MORE
+
+
 @inlined
 def offer(board, kind, is_shared):
     """The leader offers the second share of a step, if it has two."""
@@ -98,7 +112,7 @@ def wait_for_offer(board):
     """The helper waits for a share; its step's number, or 0 if there will be none."""
     while True:
         step = _read(board, OFFERED)
-        if step == NO_MORE:
+        if step == _NO_MORE:
             return 0
         if step and _take(board, OFFERED, step):
             return step

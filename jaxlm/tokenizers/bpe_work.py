@@ -28,6 +28,7 @@ BLOCK = 16
 # Columns of `shares`: from where to where in the array that the step goes through, and how many entries of `touched`.
 BEGIN, END, TOUCHED = range(3)
 
+_LEAST_PAIRS = 1 << 17  # that there is room for; no fewer than pairs of bytes
 _KNOWN = 512  # so many ids, the first ones, have pairs whose counts are kept up to date
 
 
@@ -35,16 +36,16 @@ class Work(NamedTuple):
     """The arrays of a training, n bytes of different chunks and m ids.
 
     Attributes:
-      symbols: int32 of shape (n + 1,), the text, see `bpe_kernels.replace_pair`.
+      symbols: int32 of shape (n + 1,), the text, as `bpe_kernels` says under "symbols".
       amounts: int32 or int64 of shape (n,), how often the chunk of each place occurs; or (1,), if all do alike.
       lengths: int32 of shape (m,), the bytes of each id.
-      places: int32 of shape (3 n + 1,), the lists of places, one after the other. A merge makes a list of the places
-        around those of its pair, so no more than twice n can be listed anew.
+      places: int32 of shape (3 n,), the lists of places, one after the other. Those of pairs of bytes have fewer than n
+        places, and each symbol that a merge takes away, fewer than n in all, has two places listed anew.
       pairs: int64 of shape (p, 4), a row for each pair that was found.
       blocks: int32, the pairs in buckets.
       buckets: int32 of shape (BUCKETS,), where in `blocks` each one ends, or 0.
       run, spare: int64 of shape (p, 2), the opened bucket's pairs in order, as (left << 32 | right, row of `pairs`);
-        and room to sort them.
+        and room to sort them. While true counts are taken, they stand in the first column.
       heap: int64 of shape (p, 3), what else is in the opened bucket, as (count, left << 32 | right, row of `pairs`).
       digits: int64 of shape (256,), where what has each digit goes, while sorting.
       state: int64 of shape (11,), numbers.
@@ -82,29 +83,32 @@ class Work(NamedTuple):
     board: Array64
 
     def with_room(self) -> Work:
-        """The same, with four times as many rows for pairs; what isn't written to takes no memory."""
-        names = ("pairs", "blocks", "run", "spare", "heap")
-        return self._replace(**{name: _enlarged(getattr(self, name)) for name in names})
+        """The same, with four times as many rows for pairs."""
+        state = self.state
+        in_use = {
+            "pairs": state[PAIRS],
+            "blocks": BLOCK * (1 + state[BLOCKS]),
+            "run": state[RUN_END],
+            "heap": state[HEAP],
+        }
+        rooms = _rooms(4 * len(self.pairs))
+        for name, number in in_use.items():
+            rooms[name][:number] = getattr(self, name)[:number]
+        return self._replace(**rooms)
 
 
 def new_work(symbols: Array32, amounts: npt.NDArray[np.int32 | np.int64], num_merges: int) -> Work:
     """No pairs and no merges yet, and room for so many."""
     size, num_ids = len(symbols) - 1, 256 + num_merges
-    num_pairs = max(1 << 17, size // 4)  # enough for natural text
     state = np.zeros(11, np.int64)
     state[BUCKET] = BUCKETS
     return Work(
         symbols=symbols,
         amounts=amounts,
         lengths=np.ones(num_ids, np.int32),
-        places=np.empty(3 * size + 1, np.int32),
-        pairs=aligned_rows(num_pairs, 4, np.int64),
-        # Each bucket may have a block that isn't full.
-        blocks=np.empty(BLOCK * (2 + BUCKETS + num_pairs // (BLOCK - 1)), np.int32),
+        places=np.empty(3 * size, np.int32),
+        **_rooms(max(_LEAST_PAIRS, size // 4)),  # enough for natural text
         buckets=np.zeros(BUCKETS, np.int32),
-        run=np.empty((num_pairs, 2), np.int64),
-        spare=np.empty((num_pairs, 2), np.int64),
-        heap=np.empty((num_pairs, 3), np.int64),
         digits=np.empty(256, np.int64),
         state=state,
         merges=np.empty((num_merges, 2), np.int32),
@@ -119,10 +123,16 @@ def new_work(symbols: Array32, amounts: npt.NDArray[np.int32 | np.int64], num_me
     )
 
 
-def _enlarged(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    larger = np.empty((4 * len(array), *array.shape[1:]), array.dtype)
-    larger[: len(array)] = array
-    return larger
+def _rooms(num_pairs: int) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that have room for so many pairs. What isn't written to takes no memory."""
+    return {
+        "pairs": aligned_rows(num_pairs, 4, np.int64),
+        # Each bucket may have a block that isn't full.
+        "blocks": aligned_rows(2 + BUCKETS + num_pairs // (BLOCK - 1), BLOCK, np.int32).reshape(-1),
+        "run": np.empty((num_pairs, 2), np.int64),
+        "spare": np.empty((num_pairs, 2), np.int64),
+        "heap": np.empty((num_pairs, 3), np.int64),
+    }
 
 
 @inlined

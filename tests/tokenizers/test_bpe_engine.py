@@ -32,12 +32,14 @@ from jaxlm.tokenizers import (
     bpe,
     bpe_merge,
     bpe_reference,
+    bpe_team,
     bpe_work,
     load_tokenizer,
 )
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS, Workspace
 from jaxlm.tokenizers.bpe_kernels import VALUE
+from jaxlm.tokenizers.bpe_layout import laid_out
 from jaxlm.tokenizers.bpe_merge import learn
 from jaxlm.tokenizers.bpe_queue import put_in_order
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
@@ -92,10 +94,15 @@ def test_two_threads_that_share_steps_merge_as_one_does(
     texts = random_words(least_shared, 3_000, letters)
     alone = BPETokenizer.train(texts, 900, split="none", special_tokens=(), num_threads=1)
     monkeypatch.setattr(bpe_merge, "_LEAST_SHARED", least_shared)
+    monkeypatch.setattr(bpe_work, "_LEAST_PAIRS", 300)
+    grown: list[int] = []
+    with_room = bpe_work.Work.with_room
+    monkeypatch.setattr(bpe_work.Work, "with_room", lambda work: grown.append(1) or with_room(work))
     if helper == "never comes":
         monkeypatch.setattr(bpe_merge, "help_merging", lambda work: None)
     shared = BPETokenizer.train(texts, 900, split="none", special_tokens=(), num_threads=2)
     assert shared.merges == alone.merges
+    assert grown or letters != "abcdefgh"
     some = texts[:200]
     merges = bpe_reference.train(some, 60)
     tokenizer = BPETokenizer.train(some, 256 + len(merges), split="none", special_tokens=(), num_threads=2)
@@ -115,6 +122,34 @@ def test_a_helper_comes_for_every_round_of_merges(rounds: int, monkeypatch: pyte
     assert len(calls) == rounds * machine_code.COMPILED
     assert merges.tolist() == [list(pair) for pair in bpe_reference.train(texts, 200)]
     assert (np.diff(merge_counts) <= 0).all()
+
+
+@pytest.mark.skipif(not machine_code.COMPILED, reason="a helper comes only where kernels are compiled")
+def test_a_helper_does_the_share_that_is_offered() -> None:
+    texts = random_words(1, 2_000, "abcdefghijklmnopqrstuvwxyz")
+    counts = ChunkCounts()
+    counts.add(Splitter("none", None).begin(make_buffer([text.encode() for text in texts]), texts))
+    work = laid_out(counts, 10, num_threads=1)
+    work = work._replace(known_counts=work.known_counts[:0])  # so that the places are looked through
+    pairs = ["ab", "zz", "my"]
+    ids = work.pairs[: work.state[bpe_work.PAIRS], bpe_work.PAIR].tolist()
+    work.run[:3, 0] = -1
+    work.run[:3, 1] = [ids.index(ord(pair[0]) << 32 | ord(pair[1])) for pair in pairs]
+    work.shares[1] = 1, 3, 0
+    bpe_team.open_board(work.board)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            helper = pool.submit(bpe_merge.help_merging, work)
+            work.board[bpe_team.KIND, 0] = bpe_merge._RECOUNT
+            work.board[bpe_team.OFFERED, 0] = 7
+            until = time.monotonic() + 300  # it may have to be compiled first
+            while work.board[bpe_team.DONE, 0] != 7 and time.monotonic() < until and not helper.done():
+                time.sleep(0.001)
+        finally:
+            bpe_team.close_board(work.board)
+    assert work.board[bpe_team.DONE, 0] == 7
+    occurrences = [sum(text[i : i + 2] == pair for text in texts for i in range(len(text))) for pair in pairs]
+    assert work.run[:3, 0].tolist() == [-1, *occurrences[1:]]
 
 
 def test_a_bucket_of_many_pairs_is_sorted_by_their_ids() -> None:
