@@ -5,7 +5,8 @@ Arrays that turn out too small for a kernel are made larger between two calls.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -72,10 +73,12 @@ _PLACE_MASK = _U((1 << 56) - 1)
 _FACTOR_1, _FACTOR_2 = _U(0x9E3779B97F4A7C15), _U(0xD6E8FEB86659FD93)
 
 
-def aligned_rows(number: int, columns: int, kind: type[_Number]) -> npt.NDArray[_Number]:
-    """Rows of zeros that begin where a cache line does: none of 16, 32 or 64 bytes lies across two of them."""
+def aligned_rows(
+    number: int, columns: int, kind: type[_Number], make: Callable[..., Any] = np.zeros
+) -> npt.NDArray[_Number]:
+    """Rows that begin where a cache line does: none of 16, 32 or 64 bytes lies across two of them."""
     line = 64 // np.dtype(kind).itemsize
-    room = np.zeros(number * columns + line, kind)
+    room = make(number * columns + line, kind)
     begin = -room.ctypes.data % 64 // room.itemsize
     return room[begin : begin + number * columns].reshape(number, columns)
 

@@ -15,6 +15,7 @@ border is one between chunks: so neither reads a symbol that the other writes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,6 +50,7 @@ from jaxlm.tokenizers.bpe_work import (
 )
 
 _LOOKED_AT = 256  # symbols, for the border between two chunks
+_LEAST_HELPED = 1 << 16  # bytes of different chunks to a round of merges; for fewer it doesn't pay to call a helper
 _LEAST_SHARED = 256  # places of a pair, or pairs of a bucket, that two threads share
 _LOW = (1 << 32) - 1
 
@@ -73,8 +75,8 @@ def learn(
     num_merges = min(num_merges, size)  # each leaves a symbol less
     work = laid_out(counts, num_merges, num_threads)
     counts.clear()
-    # Without a second core a helper would be in the way, and in less text than this no step is shared.
-    helped = COMPILED and min(num_threads, num_cores()) > 1 and size >= _LEAST_SHARED
+    # Without a core of its own a helper would be in the way.
+    helped = COMPILED and min(num_threads, num_cores()) > 1 and size >= max(1, rounds) * _LEAST_HELPED
     work.state[LEAST_SHARED] = _LEAST_SHARED if helped else np.iinfo(np.int64).max
     with ThreadPoolExecutor(1) as pool:
         for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
@@ -90,6 +92,7 @@ def _merge_with_help(work: Work, goal: int, pool: ThreadPoolExecutor) -> bool:
     open_board(work.board)
     try:
         helper = pool.submit(help_merging, work)
+        time.sleep(1e-4)  # or both are given one core, and no other for milliseconds
         needs_room = merge(work, goal)
     finally:
         close_board(work.board)

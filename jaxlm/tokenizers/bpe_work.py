@@ -124,11 +124,14 @@ def new_work(symbols: Array32, amounts: npt.NDArray[np.int32 | np.int64], num_me
 
 
 def _rooms(num_pairs: int) -> dict[str, npt.NDArray[Any]]:
-    """The arrays that have room for so many pairs. What isn't written to takes no memory."""
+    """The arrays that have room for so many pairs. What isn't written to takes no memory.
+
+    None is made by np.zeros, which gets small pages: what is read in no order would be waited for longer.
+    """
     return {
-        "pairs": aligned_rows(num_pairs, 4, np.int64),
+        "pairs": aligned_rows(num_pairs, 4, np.int64, np.empty),
         # Each bucket may have a block that isn't full.
-        "blocks": aligned_rows(2 + BUCKETS + num_pairs // (BLOCK - 1), BLOCK, np.int32).reshape(-1),
+        "blocks": aligned_rows(2 + BUCKETS + num_pairs // (BLOCK - 1), BLOCK, np.int32, np.empty).reshape(-1),
         "run": np.empty((num_pairs, 2), np.int64),
         "spare": np.empty((num_pairs, 2), np.int64),
         "heap": np.empty((num_pairs, 3), np.int64),

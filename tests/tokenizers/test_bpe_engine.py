@@ -94,6 +94,7 @@ def test_two_threads_that_share_steps_merge_as_one_does(
     texts = random_words(least_shared, 3_000, letters)
     alone = BPETokenizer.train(texts, 900, split="none", special_tokens=(), num_threads=1)
     monkeypatch.setattr(bpe_merge, "_LEAST_SHARED", least_shared)
+    monkeypatch.setattr(bpe_merge, "_LEAST_HELPED", 1)
     monkeypatch.setattr(bpe_work, "_LEAST_PAIRS", 300)
     grown: list[int] = []
     with_room = bpe_work.Work.with_room
@@ -114,6 +115,8 @@ def test_a_helper_comes_for_every_round_of_merges(rounds: int, monkeypatch: pyte
     calls: list[int] = []
     help_merging = bpe_merge.help_merging
     monkeypatch.setattr(bpe_merge, "_LEAST_SHARED", 1)
+    monkeypatch.setattr(bpe_merge, "_LEAST_HELPED", 1)
+    monkeypatch.setattr(bpe_merge, "num_cores", lambda: 2)
     monkeypatch.setattr(bpe_merge, "help_merging", lambda work: calls.append(1) or help_merging(work))
     counts = ChunkCounts()
     texts = random_words(0, 1_000, "abcd")
