@@ -15,7 +15,6 @@ border is one between chunks: so neither reads a symbol that the other writes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +26,17 @@ from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import AHEAD, amount_at, prefetch, replace_pair
 from jaxlm.tokenizers.bpe_layout import laid_out
 from jaxlm.tokenizers.bpe_queue import enqueue, is_in_run, open_bucket, pop, put_in_order
-from jaxlm.tokenizers.bpe_team import KIND, close_board, offer, open_board, report, take_back, wait_for_offer
+from jaxlm.tokenizers.bpe_team import (
+    KIND,
+    close_board,
+    leave_core,
+    offer,
+    open_board,
+    own_core,
+    report,
+    take_back,
+    wait_for_offer,
+)
 from jaxlm.tokenizers.bpe_work import (
     BEGIN,
     BOUND,
@@ -51,7 +60,7 @@ from jaxlm.tokenizers.bpe_work import (
 
 _LOOKED_AT = 256  # symbols, for the border between two chunks
 _LEAST_HELPED = 1 << 16  # bytes of different chunks to a round of merges; for fewer it doesn't pay to call a helper
-_LEAST_SHARED = 256  # places of a pair, or pairs of a bucket, that two threads share
+_LEAST_SHARED = 512  # places of a pair, or pairs of a bucket, that two threads share
 _LOW = (1 << 32) - 1
 
 
@@ -91,13 +100,17 @@ def learn(
 def _merge_with_help(work: Work, goal: int, pool: ThreadPoolExecutor) -> bool:
     open_board(work.board)
     try:
-        helper = pool.submit(help_merging, work)
-        time.sleep(1e-4)  # or both are given one core, and no other for milliseconds
+        helper = pool.submit(_help_on_another_core, work, own_core())
         needs_room = merge(work, goal)
     finally:
         close_board(work.board)
     helper.result()  # has gone home before the board is opened again
     return needs_room
+
+
+def _help_on_another_core(work: Work, core: int | None) -> None:
+    leave_core(core)
+    help_merging(work)
 
 
 @kernel

@@ -110,6 +110,18 @@ def test_two_threads_that_share_steps_merge_as_one_does(
     assert tokenizer.merges == merges
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are kept off a core on Linux alone")
+def test_a_helper_stays_off_one_core_and_the_caller_on_all() -> None:
+    cores = os.sched_getaffinity(0)
+    core = bpe_team.own_core()
+    assert core in cores
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(bpe_team.leave_core, core).result()
+        assert pool.submit(os.sched_getaffinity, 0).result() == (cores - {core} or cores)
+        pool.submit(bpe_team.leave_core, None).result()
+    assert os.sched_getaffinity(0) == cores
+
+
 @pytest.mark.parametrize("rounds", [1, 50])
 def test_a_helper_comes_for_every_round_of_merges(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
