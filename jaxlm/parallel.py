@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.tokenizers.base import InputError, num_cores
+from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.threads import num_cores
 
 _DATA = "data"
 _CACHE_TOKENS = 512  # whose activations stay in a core's cache

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.lanes import LANES, floats, fma, load, load_one, store, transpose
 from jaxlm.machine_code import expanded, kernel
-from jaxlm.tokenizers.base import num_cores
+from jaxlm.tokenizers.threads import num_cores
 from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result
 
 ROWS = 4  # of a strip that are summed together

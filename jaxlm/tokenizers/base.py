@@ -51,11 +51,6 @@ def one_line(text: str, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def num_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check_types(config: Any) -> None:
     """Raises InputError for a field of a dataclass whose value isn't of its type, or beyond 64 bits."""
     for name, kinds in _field_kinds(config.__class__).items():

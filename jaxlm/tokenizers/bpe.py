@@ -15,7 +15,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -35,12 +35,12 @@ from jaxlm.tokenizers.base import (
     each_text,
     encode_utf8,
     list_of_texts,
-    num_cores,
     one_line,
     shown,
     special_token_ids,
 )
 from jaxlm.tokenizers.bpe_reference import SPLIT_PATTERNS, Pair
+from jaxlm.tokenizers.threads import num_cores, workers
 
 if TYPE_CHECKING:  # the engine is imported where it is used, since numba takes its time
     from rich.table import Table
@@ -583,7 +583,7 @@ def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_
         return [function(block) for block in blocks]
     results = []
     pending: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(num_threads - 1) as pool:
+    with workers(num_threads) as pool:
         try:
             for block in blocks:
                 while pending and pending[0].done():

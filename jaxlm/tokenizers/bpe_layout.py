@@ -26,43 +26,43 @@ from jaxlm.tokenizers.bpe_kernels import (
 )
 from jaxlm.tokenizers.bpe_queue import drop_into_bucket
 from jaxlm.tokenizers.bpe_work import PLACES, Work, enter_pair, new_work
+from jaxlm.tokenizers.threads import in_shares
 
 _U = np.uint64
 _SHARE_BITS = 18  # a thread of its own pays for a share of so many bytes
 
 
-def laid_out(counts: ChunkCounts, num_merges: int, num_threads: int) -> Work:
+def laid_out(counts: ChunkCounts, num_merges: int, num_threads: int, pool: ThreadPoolExecutor) -> Work:
     """The work of so many merges, with the pairs of bytes listed, each thread those of its own share of the chunks."""
     size = int(counts.size[1])
     num_threads = max(1, min(num_threads, size >> _SHARE_BITS))
     symbols = np.empty(size + 1, np.int32)
     symbols[size] = -1
     share_counts, share_ends = np.zeros((2, num_threads, 1 << 16), np.int64)
-    with ThreadPoolExecutor(num_threads) as pool:
-        keys, found = zip(
-            *pool.map(lambda index: _sorted_keys(counts, index, num_threads), range(num_threads)), strict=True
-        )
-        sizes, least, most = zip(*found, strict=True)
-        kind: type[np.int32 | np.int64] = np.int32 if max(most) < 1 << 31 else np.int64
-        # Where all occur equally often, as where each text is one chunk, it is said once.
-        amounts = np.full(1, max(most), kind) if min(least) >= max(most) else np.empty(size, kind)
-        work = new_work(symbols, amounts, num_merges)
-        spans = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+    keys, found = zip(
+        *in_shares(pool, lambda index: _sorted_keys(counts, index, num_threads), num_threads), strict=True
+    )
+    sizes, least, most = zip(*found, strict=True)
+    kind: type[np.int32 | np.int64] = np.int32 if max(most) < 1 << 31 else np.int64
+    # Where all occur equally often, as where each text is one chunk, it is said once.
+    amounts = np.full(1, max(most), kind) if min(least) >= max(most) else np.empty(size, kind)
+    work = new_work(symbols, amounts, num_merges)
+    spans = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
 
-        def lay_out_share(index: int) -> None:
-            begin, end = spans[index]
-            own = amounts[begin:end] if len(amounts) > 1 else amounts
-            lay_out(counts.table, keys[index], counts.arena, symbols[begin:end], own)
-            count_byte_pairs(symbols[begin:end], own, share_counts[index], share_ends[index])
+    def lay_out_share(index: int) -> None:
+        begin, end = spans[index]
+        own = amounts[begin:end] if len(amounts) > 1 else amounts
+        lay_out(counts.table, keys[index], counts.arena, symbols[begin:end], own)
+        count_byte_pairs(symbols[begin:end], own, share_counts[index], share_ends[index])
 
-        def list_share(index: int) -> None:
-            list_places(symbols, *spans[index], work.places, share_ends[index])
+    def list_share(index: int) -> None:
+        list_places(symbols, *spans[index], work.places, share_ends[index])
 
-        list(pool.map(lay_out_share, range(num_threads)))
-        byte_counts = share_counts.sum(0)
-        work.known_counts[:256, :256] = byte_counts.reshape(256, 256)
-        enter_byte_pairs(work, byte_counts, share_ends)
-        list(pool.map(list_share, range(num_threads)))
+    in_shares(pool, lay_out_share, num_threads)
+    byte_counts = share_counts.sum(0)
+    work.known_counts[:256, :256] = byte_counts.reshape(256, 256)
+    enter_byte_pairs(work, byte_counts, share_ends)
+    in_shares(pool, list_share, num_threads)
     return work
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from jaxlm.machine_code import COMPILED, inlined, kernel
-from jaxlm.tokenizers.base import InputError, num_cores
+from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import AHEAD, amount_at, prefetch, replace_pair
 from jaxlm.tokenizers.bpe_layout import laid_out
@@ -29,10 +29,8 @@ from jaxlm.tokenizers.bpe_queue import enqueue, is_in_run, open_bucket, pop, put
 from jaxlm.tokenizers.bpe_team import (
     KIND,
     close_board,
-    leave_core,
     offer,
     open_board,
-    own_core,
     report,
     take_back,
     wait_for_offer,
@@ -57,6 +55,7 @@ from jaxlm.tokenizers.bpe_work import (
     Work,
     enter_pair,
 )
+from jaxlm.tokenizers.threads import num_cores, workers
 
 _LOOKED_AT = 256  # symbols, for the border between two chunks
 _LEAST_HELPED = 1 << 16  # bytes of different chunks to a round of merges; for fewer it doesn't pay to call a helper
@@ -82,12 +81,12 @@ def learn(
     if size > np.iinfo(np.int32).max:
         raise InputError("The text has more than 2 GiB of different chunks; use less of it, or a finer split.")
     num_merges = min(num_merges, size)  # each leaves a symbol less
-    work = laid_out(counts, num_merges, num_threads)
-    counts.clear()
     # Without a core of its own a helper would be in the way.
     helped = COMPILED and min(num_threads, num_cores()) > 1 and size >= max(1, rounds) * _LEAST_HELPED
-    work.state[LEAST_SHARED] = _LEAST_SHARED if helped else np.iinfo(np.int64).max
-    with ThreadPoolExecutor(1) as pool:
+    with workers(num_threads) as pool:
+        work = laid_out(counts, num_merges, num_threads, pool)
+        counts.clear()
+        work.state[LEAST_SHARED] = _LEAST_SHARED if helped else np.iinfo(np.int64).max
         for goal in np.linspace(0, num_merges, max(1, rounds) + 1).astype(int)[1:].tolist():
             while _merge_with_help(work, goal, pool) if helped else merge(work, goal):
                 work = work.with_room()
@@ -100,17 +99,12 @@ def learn(
 def _merge_with_help(work: Work, goal: int, pool: ThreadPoolExecutor) -> bool:
     open_board(work.board)
     try:
-        helper = pool.submit(_help_on_another_core, work, own_core())
+        helper = pool.submit(help_merging, work)
         needs_room = merge(work, goal)
     finally:
         close_board(work.board)
     helper.result()  # has gone home before the board is opened again
     return needs_room
-
-
-def _help_on_another_core(work: Work, core: int | None) -> None:
-    leave_core(core)
-    help_merging(work)
 
 
 @kernel

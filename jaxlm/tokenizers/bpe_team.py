@@ -3,15 +3,11 @@
 To hand such a step to another thread by way of Python would take longer than the step. So the helper looks at a board
 all the time, which takes a core, and the leader offers it one share of a step there while doing the other one. The
 leader takes the share back if the helper hasn't come by then. So it waits for work that was begun, never for a thread
-to begin. Nothing in a step can raise, so what was begun is finished. The helper stays off the leader's core: two
-threads that never sleep may be given one, and keep it for a hundred steps before the system moves one of them.
+to begin. Nothing in a step can raise, so what was begun is finished.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
 import platform
 
 import numpy as np
@@ -80,18 +76,6 @@ def _pause(context):
         return target.get_dummy_value()
 
     return types.void(), generate
-
-
-def own_core() -> int | None:
-    """The core that the calling thread is on, where the system tells and lets threads choose (Linux)."""
-    return ctypes.CDLL(None).sched_getcpu() if hasattr(os, "sched_setaffinity") else None
-
-
-def leave_core(core: int | None) -> None:
-    """Keeps the calling thread off a core, if it may use another one."""
-    if core is not None and (others := os.sched_getaffinity(0) - {core}):
-        with contextlib.suppress(OSError):  # not allowed
-            os.sched_setaffinity(0, others)
 
 
 def open_board(board: npt.NDArray[np.int64]) -> None:

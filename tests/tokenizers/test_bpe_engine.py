@@ -110,18 +110,6 @@ def test_two_threads_that_share_steps_merge_as_one_does(
     assert tokenizer.merges == merges
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are kept off a core on Linux alone")
-def test_a_helper_stays_off_one_core_and_the_caller_on_all() -> None:
-    cores = os.sched_getaffinity(0)
-    core = bpe_team.own_core()
-    assert core in cores
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(bpe_team.leave_core, core).result()
-        assert pool.submit(os.sched_getaffinity, 0).result() == (cores - {core} or cores)
-        pool.submit(bpe_team.leave_core, None).result()
-    assert os.sched_getaffinity(0) == cores
-
-
 @pytest.mark.parametrize("rounds", [1, 50])
 def test_a_helper_comes_for_every_round_of_merges(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
@@ -144,7 +132,8 @@ def test_a_helper_does_the_share_that_is_offered() -> None:
     texts = random_words(1, 2_000, "abcdefghijklmnopqrstuvwxyz")
     counts = ChunkCounts()
     counts.add(Splitter("none", None).begin(make_buffer([text.encode() for text in texts]), texts))
-    work = laid_out(counts, 10, num_threads=1)
+    with ThreadPoolExecutor(1) as pool:
+        work = laid_out(counts, 10, 1, pool)
     work = work._replace(known_counts=work.known_counts[:0])  # so that the places are looked through
     pairs = ["ab", "zz", "my"]
     ids = work.pairs[: work.state[bpe_work.PAIRS], bpe_work.PAIR].tolist()
