@@ -146,7 +146,7 @@ def test_a_helper_does_the_share_that_is_offered() -> None:
             helper = pool.submit(bpe_merge.help_merging, work)
             work.board[bpe_team.KIND, 0] = bpe_merge._RECOUNT
             work.board[bpe_team.OFFERED, 0] = 7
-            until = time.monotonic() + 300  # it may have to be compiled first
+            until = time.monotonic() + 60  # it may have to be compiled first
             while work.board[bpe_team.DONE, 0] != 7 and time.monotonic() < until and not helper.done():
                 time.sleep(0.001)
         finally:
