@@ -577,22 +577,22 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_threads: int) -> list[Any]:
     """The results of a function for each block, in order; of the function's errors, the first block's.
 
-    The thread that calls makes the blocks. While two for each other thread wait or are under way, it takes one itself.
+    The thread that calls makes the blocks. While two for each other thread wait or are under way, it takes one itself;
+    and in the end those for which no thread has come yet.
     """
     if num_threads == 1:
         return [function(block) for block in blocks]
     results = []
-    pending: deque[Future[Any]] = deque()
+    pending: deque[tuple[Future[Any], list[str]]] = deque()
     with workers(num_threads) as pool:
         try:
             for block in blocks:
-                while pending and pending[0].done():
-                    results.append(pending.popleft().result())
-                if sum(not call.done() for call in pending) < 2 * (num_threads - 1):
-                    pending.append(pool.submit(function, block))
-                else:
-                    pending.append(_called(function, block))
-            return results + [call.result() for call in pending]
+                while pending and pending[0][0].done():
+                    results.append(pending.popleft()[0].result())
+                has_time = sum(not call.done() for call, _ in pending) < 2 * (num_threads - 1)
+                pending.append((pool.submit(function, block) if has_time else _called(function, block), block))
+            calls = [_called(function, block) if call.cancel() else call for call, block in reversed(pending)]
+            return results + [call.result() for call in reversed(calls)]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -28,8 +28,8 @@ class ChunkCounts:
 
     Attributes:
       table: a chunk table; its values are the counts.
-      arena: the bytes of the chunks, each closed by 0xFF.
-      size: how many chunks there are; how much of the arena is used.
+      arena: the bytes of the chunks that are too long for the table, each closed by 0xFF.
+      size: how many chunks there are; how much of the arena is used; and the bytes of all chunks, one more for each.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class ChunkCounts:
         """Forgets all chunks, and gives back their memory."""
         self.table = chunk_table(12)
         self.arena = np.empty(1 << 16, np.uint8)
-        self.size = np.zeros(2, np.int64)
+        self.size = np.zeros(3, np.int64)
         self._keys = np.empty((_TOGETHER, 5), np.uint64)
 
     def add(self, chunks: Chunks) -> None:
@@ -52,8 +52,7 @@ class ChunkCounts:
         """Adds the counts of other chunks."""
         slot = 0
         while (slot := add_table(other.table, other.arena, slot, self.table, self.arena, self.size)) < len(other.table):
-            place = int(chunk_place(other.table, slot))
-            self._make_room(int(np.argmax(other.arena[place : int(other.size[1])] == TEXT_END)))
+            self._make_room(int(other.size[1]))
 
     def _make_room(self, length: int) -> None:
         if _is_full(self.size, self.table):
@@ -122,6 +121,7 @@ def _add(buffer, start, length, first, second, short, code, amount, table, arena
     if _is_full(size, table) or size[1] + length + 17 > len(arena):
         return False
     size[0] += 1
+    size[2] += length + 1
     size[1] = enter_chunk(table, slot, arena, size[1], buffer, start, length, first, second, short, amount)
     return True
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from jaxlm.machine_code import inlined, kernel
 from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_kernels import (
-    LONG,
     TEXT_END,
     VALUE,
     chunk_key,
@@ -210,11 +209,8 @@ def _cache_chunk(
     for k in range(amount):
         cached_ids[size[2] + k] = out[count + k]
     value = _U(size[2]) | _U(amount) << _COUNT_SHIFT
-    # A row holds all of a short chunk, and its place is never looked up.
-    kept = length if short == LONG else 0
-    place = enter_chunk(cache, slot, arena, size[1], buffer, start, kept, first, second, short, value)
     size[0] += 1
-    size[1] = place if kept else size[1]
+    size[1] = enter_chunk(cache, slot, arena, size[1], buffer, start, length, first, second, short, value)
     size[2] += amount
 
 

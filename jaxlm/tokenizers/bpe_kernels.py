@@ -61,7 +61,7 @@ prefetch = _prefetch if COMPILED else lambda array, index: None
 # ---- a hash table of chunks: open addressing, one row a slot
 #
 # A row fits into half a cache line: the first sixteen bytes of the chunk, which are all of it for nearly every chunk; a
-# value; and where the chunk's bytes stand in an arena, with its length (17 for all longer ones) in the highest byte.
+# value; and where the bytes of a longer one stand in an arena, with its length (17 for all those) in the highest byte.
 # The length is 0 in an empty slot. In the arena, chunks are closed by 0xFF, as texts are in a buffer.
 
 FIRST, SECOND, VALUE, PLACE = range(4)
@@ -161,13 +161,15 @@ def _same_rest(arena, place, buffer, start, length):
     return arena[place + length] == TEXT_END
 
 
-@kernel
+@inlined
 def enter_chunk(table, slot, arena, place, buffer, start, length, first, second, short, value):
-    """Fills a slot, and writes the chunk and its 0xFF into the arena at `place`; returns the place after them."""
+    """Fills a slot. A long chunk and its 0xFF go into the arena at `place`; returns the place after them."""
     table[slot, FIRST] = first
     table[slot, SECOND] = second
     table[slot, VALUE] = value
     table[slot, PLACE] = _U(short) << LENGTH_SHIFT | _U(place)
+    if short < LONG:
+        return place
     for k in range(length):
         arena[place + k] = buffer[start + k]
     arena[place + length] = TEXT_END
@@ -176,7 +178,7 @@ def enter_chunk(table, slot, arena, place, buffer, start, length, first, second,
 
 @kernel
 def chunk_place(table, slot):
-    """Where the bytes of the chunk in a slot begin in the arena, or -1 for an empty slot."""
+    """Where the bytes of the chunk in a slot begin in the arena, if it is a long one; -1 for an empty slot."""
     place = table[slot, PLACE]
     return np.int64(place & _PLACE_MASK) if place else -1
 

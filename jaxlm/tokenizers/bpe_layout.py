@@ -34,7 +34,7 @@ _SHARE_BITS = 18  # a thread of its own pays for a share of so many bytes
 
 def laid_out(counts: ChunkCounts, num_merges: int, num_threads: int, pool: ThreadPoolExecutor) -> Work:
     """The work of so many merges, with the pairs of bytes listed, each thread those of its own share of the chunks."""
-    size = int(counts.size[1])
+    size = int(counts.size[2])
     num_threads = max(1, min(num_threads, size >> _SHARE_BITS))
     symbols = np.empty(size + 1, np.int32)
     symbols[size] = -1

@@ -77,7 +77,7 @@ def learn(
     Raises:
       InputError: more than 2 GiB of different chunks.
     """
-    size = int(counts.size[1])
+    size = int(counts.size[2])
     if size > np.iinfo(np.int32).max:
         raise InputError("The text has more than 2 GiB of different chunks; use less of it, or a finer split.")
     num_merges = min(num_merges, size)  # each leaves a symbol less

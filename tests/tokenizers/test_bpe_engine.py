@@ -38,7 +38,7 @@ from jaxlm.tokenizers import (
 )
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS, Workspace
-from jaxlm.tokenizers.bpe_kernels import VALUE
+from jaxlm.tokenizers.bpe_kernels import LENGTH_SHIFT, LONG, TEXT_END, VALUE, chunk_place
 from jaxlm.tokenizers.bpe_layout import laid_out
 from jaxlm.tokenizers.bpe_merge import learn
 from jaxlm.tokenizers.bpe_queue import put_in_order
@@ -182,6 +182,38 @@ def test_counts_have_64_bits() -> None:
     *_, (merges, merge_counts) = learn(counts, 2)
     assert merges.tolist() == [[99, 100], [32, 256]]
     assert merge_counts.tolist() == [7 << 40, 5 << 40]
+
+
+def counted(texts: list[str]) -> ChunkCounts:
+    counts = ChunkCounts()
+    counts.add(Splitter("none", None).begin(make_buffer([text.encode() for text in texts]), texts))
+    return counts
+
+
+def as_counter(counts: ChunkCounts) -> Counter[bytes]:
+    found: Counter[bytes] = Counter()
+    arena = counts.arena.tobytes()
+    for slot, (first, second, value, place) in enumerate(counts.table.tolist()):
+        length = place >> int(LENGTH_SHIFT)
+        if length == LONG:
+            begin = int(chunk_place(counts.table, slot))
+            found[arena[begin : arena.index(TEXT_END, begin)]] += value
+        elif length:
+            found[(first | second << 64).to_bytes(16, "little")[:length]] += value
+    return found
+
+
+@pytest.mark.parametrize("longest", [16, 17, 40, 500])
+def test_counts_of_parts_add_up(longest: int) -> None:
+    """Also where the table or the arena of one has no room for the other's."""
+    random = np.random.default_rng(longest)
+    texts = ["".join(random.choice(list("abé"), size)) for size in random.integers(1, longest // 2 + 1, 9_000)]
+    for cut in (0, 20, 4_500, 8_980, 9_000):
+        total, other = counted(texts[:cut]), counted(texts[cut:])
+        total.update(other)
+        assert as_counter(total) == Counter(text.encode() for text in texts)
+        assert total.size[0] == len(set(texts))
+        assert total.size[2] == sum(1 + len(text.encode()) for text in set(texts))
 
 
 def test_a_stream_takes_memory_for_its_different_chunks_alone() -> None:
