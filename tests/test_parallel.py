@@ -26,6 +26,8 @@ STEP = """
 import json
 import jax, numpy as np
 from jax.sharding import AxisType
+from jaxlm import evaluation
+from jaxlm.data.shards import TokenStream
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import batch_sharding, data_mesh, mean_gradients, replicated, share_among, sharding_beside
@@ -43,6 +45,12 @@ except InputError as error:
     result["refused"] = str(error)
 one = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
 parameters = []
+tokens, ends = batches.reshape(-1) % 15, np.array([3, 50, 90, 272])
+tokens[ends - 1] = 15
+stream = TokenStream((tokens,), ends, np.diff(ends, prepend=0))
+scored = []
+score_windows = evaluation._window_scorer()
+evaluation._window_scorer = lambda: lambda *arguments: scored.append(score_windows(*arguments)) or scored[-1]
 for mesh in (one, data_mesh(8)):
     state = jax.device_put(start, replicated(mesh))
     step = jax.jit(make_train_step(model, config, mesh))
@@ -51,12 +59,15 @@ for mesh in (one, data_mesh(8)):
         divided = jax.device_put(batch, batch_sharding(mesh))
         state, values = step(state, divided)
         metrics.append({name: float(value) for name, value in values.items()})
+    score = evaluation.evaluate(state.params, model, stream, 15)
     leaves = jax.tree.leaves(state)
     parameters.append([np.asarray(leaf) for leaf in leaves])
     result["runs"].append({
         "metrics": metrics,
         "step": int(state.step),
         "rows": [shard.data.shape[0] for shard in divided.addressable_shards],
+        "document_nats": score.document_nats.tolist(),
+        "windows": [shard.data.shape[0] for shard in scored[-1].addressable_shards],
         "copies": sorted({len(leaf.sharding.device_set) * leaf.sharding.is_fully_replicated for leaf in leaves}),
     })
 matrices = [np.random.default_rng(n).normal(size=(n, 5, 7)).astype(np.float32) for n in (1, 3, 8)]
@@ -125,6 +136,14 @@ def test_steps_on_all_devices_are_those_on_one(four_devices: dict[str, Any]) -> 
         assert together == {name: pytest.approx(value, rel=1e-5) for name, value in alone.items()}
     assert four_devices["change"] > 1e-3
     assert four_devices["difference"] < 1e-5
+
+
+def test_evaluation_is_divided_and_scores_as_on_one_device(four_devices: dict[str, Any]) -> None:
+    one, all_of_them = four_devices["runs"]
+    assert one["windows"] == [32]
+    assert all_of_them["windows"] == [8, 8, 8, 8]
+    assert all_of_them["document_nats"] == pytest.approx(one["document_nats"], rel=1e-4)
+    assert min(one["document_nats"]) > 1
 
 
 def test_arrays_are_shared_out_and_come_back_whole(four_devices: dict[str, Any]) -> None:

@@ -271,20 +271,20 @@ def check_text(text: str) -> None:
         raise _surrogate(text, error) from None
 
 
-def encode_utf8(text: str) -> bytes:
-    """The UTF-8 of a text. Raises InputError as `check_text` does."""
+def encode_utf8(text: str, begin: int = 0) -> bytes:
+    """The UTF-8 of a text, or of the part of one that begins at a character. Raises InputError as `check_text` does."""
     if not isinstance(text, str):
         check_text(text)
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise _surrogate(text, error) from None
+        raise _surrogate(text, error, begin) from None
 
 
-def _surrogate(text: str, error: UnicodeEncodeError) -> InputError:
+def _surrogate(text: str, error: UnicodeEncodeError, begin: int = 0) -> InputError:
     return InputError(
-        f"The text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no UTF-8 "
-        "text can; remove it, or read the source with errors='replace'."
+        f"The text holds the lone surrogate U+{ord(text[error.start]):04X} at character {begin + error.start}, which "
+        "no UTF-8 text can; remove it, or read the source with errors='replace'."
     )
 
 

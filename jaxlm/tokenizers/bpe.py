@@ -551,19 +551,25 @@ def _count_chunks(texts: Iterable[str], split: str, pattern: str | None, num_thr
 
     splitter = Splitter(split, pattern)
     idle: list[ChunkCounts] = []
+    begins: dict[int, int] = {}  # by identity, where in its text a piece begins that isn't the first
 
     def count(block: list[str]) -> None:
         try:
             counts = idle.pop()
         except IndexError:
             counts = ChunkCounts()
-        buffer = make_buffer([encode_utf8(text) for text in block])
+        buffer = make_buffer([encode_utf8(piece, begins.pop(id(piece), 0)) for piece in block])
         counts.add(splitter.begin(buffer, block))
         idle.append(counts)
 
     def pieces() -> Iterator[str]:
         for text in each_text(texts):
-            yield from splitter.cut([text], _COUNTED)
+            begin = 0
+            for piece in splitter.cut([text], _COUNTED):
+                if begin:
+                    begins[id(piece)] = begin
+                begin += len(piece)
+                yield piece
 
     _map(count, blocks_of(pieces(), _COUNTED), num_threads)
     total = max(idle, key=lambda counts: counts.size[0], default=ChunkCounts())

@@ -400,6 +400,19 @@ def test_of_several_texts_that_are_refused_the_first_is_named(monkeypatch: pytes
                 use(texts, num_threads=3)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("place", [0, 99, 100, 5_000, 39_999])
+def test_training_names_the_place_of_a_surrogate_in_its_text(
+    place: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a long text is counted in pieces."""
+    monkeypatch.setattr(bpe, "_COUNTED", 100)
+    long = "ab " * 13_333 + "a"
+    texts = [long, "a", long[:place] + "\ud800" + long[place + 1 :], long]
+    with pytest.raises(InputError, match=rf"U\+D800 at character {place},"):
+        BPETokenizer.train(texts, 257, special_tokens=(), num_threads=threads)
+
+
 def test_a_batch_is_a_list_of_texts() -> None:
     tokenizer = BPETokenizer([(97, 98)])
     for nothing in ("ab", None, 5):
