@@ -16,6 +16,7 @@ import numpy.typing as npt
 from jaxlm.machine_code import inlined, kernel
 from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_kernels import (
+    AMOUNT_BITS,
     TEXT_END,
     VALUE,
     chunk_key,
@@ -280,10 +281,10 @@ def _encode_long(
     once that merge is done. So the list of a result is whole before it is worked through.
     """
     for k in range(length):
-        symbols[k] = buffer[start + k]
+        symbols[k] = np.int32(buffer[start + k]) << AMOUNT_BITS
     symbols[length] = -1
     for place in range(length - 1):
-        _, results[place] = _find_pair(pairs, symbols[place], symbols[place + 1])
+        _, results[place] = _find_pair(pairs, symbols[place] >> AMOUNT_BITS, symbols[place + 1] >> AMOUNT_BITS)
     listed, waiting = _open_lists(lists, results, length - 1, 0, 0)
     for place in range(length - 1):
         _append(lists, places, results[place], place)
@@ -307,9 +308,10 @@ def _encode_long(
             _append(lists, places, results[2 * index + 1], places[begin + index])
     place = written = 0
     while place < length:
-        out[count + written] = ids[symbols[place]]
+        symbol = symbols[place] >> AMOUNT_BITS
+        out[count + written] = ids[symbol]
         written += 1
-        place += lengths[symbols[place]]
+        place += lengths[symbol]
     return written
 
 

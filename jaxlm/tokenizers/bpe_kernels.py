@@ -185,14 +185,22 @@ def chunk_place(table, slot):
 
 # ---- symbols: a text while its pairs are merged
 #
-# Symbols stand in one array, with -1 between and after chunks. A symbol that stands for n bytes keeps their n places:
-# its id stands in the first and in the last of them, so that both neighbours are found from the lengths of ids.
+# Symbols stand in one int32 array, with -1 between and after chunks. One that stands for n bytes keeps their n places:
+# it is in the first and in the last of them, so that both neighbours are found from the lengths of ids. It is an id and
+# in the lowest bits how often its chunk occurs, so that both are waited for at once; 127 stands for any larger amount,
+# which is in an array of its own.
+
+AMOUNT_BITS = 7  # what is left beside ids below 2^24 and the sign
+MANY = (1 << AMOUNT_BITS) - 1
 
 
-@kernel
-def amount_at(amounts, place):
+@inlined
+def amount_at(symbols, amounts, place):
     """How often the chunk at a place occurs."""
-    return amounts[place] if len(amounts) > 1 else amounts[0]
+    amount = np.int64(symbols[place]) & MANY
+    if amount == MANY:
+        amount = np.int64(amounts[place] if len(amounts) > 1 else amounts[0])
+    return amount
 
 
 AHEAD = 16  # places before one is come to, its cache line is asked for
@@ -204,18 +212,19 @@ def replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbo
     """Merges a pair, from left to right, where it still stands among `places[begin:end]`, which rise.
 
     Returns where the places end that are kept: those where it did stand (of "aaa" the first alone). For the i-th of
-    them, the symbols before and after it go into neighbours[2 * i] and [2 * i + 1], once all are merged; -1 is none.
-    Two new symbols in a row are each other's neighbours once, in the view of the first.
+    them, the ids before and after it go into neighbours[2 * i] and [2 * i + 1], once all are merged; -1 is none.
+    Two new ids in a row are each other's neighbours once, in the view of the first.
     """
     kept = begin
     for index in range(begin, end):
         place = places[index]
         prefetch(symbols, places[min(index + AHEAD, end - 1)])
         middle = place + lengths[left]
-        if symbols[place] == left and symbols[middle] == right:
+        if symbols[place] >> AMOUNT_BITS == left and symbols[middle] >> AMOUNT_BITS == right:
+            symbol = np.int32(new << AMOUNT_BITS | symbols[place] & MANY)
             symbols[middle] = GONE
-            symbols[place] = new
-            symbols[place + lengths[new] - 1] = new
+            symbols[place] = symbol
+            symbols[place + lengths[new] - 1] = symbol
             places[kept] = place
             kept += 1
             if kept - begin > 1:  # nothing changes around the one before any more
@@ -227,6 +236,6 @@ def replace_pair(symbols, lengths, places, begin, end, left, right, new, neighbo
 
 @inlined
 def _note_neighbours(symbols, lengths, place, new, neighbours, at):
-    before = symbols[place - 1]  # before the first place of all, this is the -1 at the end
+    before = symbols[place - 1] >> AMOUNT_BITS  # before the first place of all, this is the -1 at the end
     neighbours[at] = before if before != new else -1
-    neighbours[at + 1] = symbols[place + lengths[new]]
+    neighbours[at + 1] = symbols[place + lengths[new]] >> AMOUNT_BITS

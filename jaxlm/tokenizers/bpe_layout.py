@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.machine_code import kernel
+from jaxlm.machine_code import inlined, kernel
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import (
     AHEAD,
+    AMOUNT_BITS,
     BYTE_MASK,
     FIRST,
     LENGTH_SHIFT,
     LONG,
+    MANY,
     PLACE,
     SECOND,
     TEXT_END,
@@ -106,28 +108,34 @@ def list_chunks(table, arena, begin, end, keys, found):
 
 @kernel
 def lay_out(table, keys, arena, symbols, amounts):
-    """Writes the bytes of chunks as symbols, and how often the chunk of each occurs."""
+    """Writes the bytes of chunks as symbols, and the amounts that have no room there."""
     low = _U(len(table) - 1)
     at = 0
     for index in range(len(keys)):
         prefetch(table, np.int64(keys[min(index + AHEAD, len(keys) - 1)] & low))
         slot = np.int64(keys[index] & low)
         length = np.int64(table[slot, PLACE] >> LENGTH_SHIFT)
+        amount = min(np.int64(table[slot, VALUE]), MANY) if len(amounts) > 1 else MANY
         if length < LONG:  # all of it stands in the row
             for k in range(min(length, 8)):
-                symbols[at + k] = np.int32(table[slot, FIRST] >> _U(8 * k) & BYTE_MASK)
+                symbols[at + k] = np.int32(table[slot, FIRST] >> _U(8 * k) & BYTE_MASK) << AMOUNT_BITS | amount
             for k in range(8, length):
-                symbols[at + k] = np.int32(table[slot, SECOND] >> _U(8 * k - 64) & BYTE_MASK)
+                symbols[at + k] = np.int32(table[slot, SECOND] >> _U(8 * k - 64) & BYTE_MASK) << AMOUNT_BITS | amount
         else:
             place = chunk_place(table, slot)
             length = 0
             while arena[place + length] != TEXT_END:
-                symbols[at + length] = arena[place + length]
+                symbols[at + length] = np.int32(arena[place + length]) << AMOUNT_BITS | amount
                 length += 1
-        for k in range(length if len(amounts) > 1 else 0):
+        for k in range(length if amount == MANY and len(amounts) > 1 else 0):
             amounts[at + k] = table[slot, VALUE]
         symbols[at + length] = -1
         at += length + 1
+
+
+@inlined
+def _byte_pair(symbols, place):
+    return symbols[place] >> AMOUNT_BITS << 8 | symbols[place + 1] >> AMOUNT_BITS
 
 
 @kernel
@@ -135,8 +143,8 @@ def count_byte_pairs(symbols, amounts, byte_counts, numbers):
     """How often each pair of bytes occurs in the text, and at how many places."""
     for place in range(len(symbols) - 1):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
-            pair = symbols[place] << 8 | symbols[place + 1]
-            byte_counts[pair] += amount_at(amounts, place)
+            pair = _byte_pair(symbols, place)
+            byte_counts[pair] += amount_at(symbols, amounts, place)
             numbers[pair] += 1
 
 
@@ -160,6 +168,6 @@ def list_places(symbols, begin, end, places, ends):
     """Lists the places of the pairs of bytes of one share."""
     for place in range(begin, end):
         if symbols[place] >= 0 and symbols[place + 1] >= 0:
-            pair = symbols[place] << 8 | symbols[place + 1]
+            pair = _byte_pair(symbols, place)
             places[ends[pair]] = place
             ends[pair] += 1

@@ -23,7 +23,7 @@ import numpy as np
 from jaxlm.machine_code import COMPILED, inlined, kernel
 from jaxlm.tokenizers.base import InputError
 from jaxlm.tokenizers.bpe_count import ChunkCounts
-from jaxlm.tokenizers.bpe_kernels import AHEAD, amount_at, prefetch, replace_pair
+from jaxlm.tokenizers.bpe_kernels import AHEAD, AMOUNT_BITS, amount_at, prefetch, replace_pair
 from jaxlm.tokenizers.bpe_layout import laid_out
 from jaxlm.tokenizers.bpe_queue import enqueue, is_in_run, open_bucket, pop, put_in_order
 from jaxlm.tokenizers.bpe_team import (
@@ -224,7 +224,7 @@ def _recount(work, share):
     for index in range(work.shares[share, BEGIN], last + 1):
         prefetch(pairs, run[min(index + 2 * AHEAD, last), 1])
         prefetch(places, pairs[run[min(index + AHEAD, last), 1], LIST])
-        _prefetch_place(work.symbols, work.amounts, places[pairs[run[min(index + AHEAD // 2, last), 1], LIST]])
+        prefetch(work.symbols, places[pairs[run[min(index + AHEAD // 2, last), 1], LIST]])
         run[index, 0] = _true_count(work, run[index, 1])
 
 
@@ -240,21 +240,15 @@ def _true_count(work, pair):
     true_count = 0
     for index in range(kept, end):
         place = places[index]
-        _prefetch_place(symbols, work.amounts, places[min(index + AHEAD, end - 1)])
+        prefetch(symbols, places[min(index + AHEAD, end - 1)])
         # Without a branch, which would be foreseen wrongly half of the time.
-        stands = np.int64(symbols[place] == left) & np.int64(symbols[place + length] == right)
+        is_left, is_right = symbols[place] >> AMOUNT_BITS == left, symbols[place + length] >> AMOUNT_BITS == right
+        stands = np.int64(is_left) & np.int64(is_right)
         places[kept] = place
         kept += stands
-        true_count += stands * amount_at(work.amounts, place)
+        true_count += stands * amount_at(work.symbols, work.amounts, place)
     work.pairs[pair, LENGTH] = kept - work.pairs[pair, LIST]
     return true_count
-
-
-@inlined
-def _prefetch_place(symbols, amounts, place):
-    prefetch(symbols, place)
-    if len(amounts) > 1:
-        prefetch(amounts, place)
 
 
 @inlined
@@ -265,10 +259,10 @@ def _prefetch_next(work):
     if coming <= last:
         prefetch(pairs, run[min(coming + 12, last), 1])
         prefetch(places, pairs[run[min(coming + 8, last), 1], LIST])
-        _prefetch_place(work.symbols, work.amounts, places[pairs[run[min(coming + 4, last), 1], LIST]])
+        prefetch(work.symbols, places[pairs[run[min(coming + 4, last), 1], LIST]])
     else:
         for index in range(min(3, work.state[HEAP])):  # among them those that come next
-            _prefetch_place(work.symbols, work.amounts, places[pairs[heap[index, 2], LIST]])
+            prefetch(work.symbols, places[pairs[heap[index, 2], LIST]])
 
 
 @inlined
@@ -281,9 +275,7 @@ def _replace(work, share):
     end = replace_pair(work.symbols, work.lengths, places, begin, end, left, right, new, neighbours)
     touched = 0
     for index in range(end - begin):
-        if len(work.amounts) > 1:
-            prefetch(work.amounts, places[min(begin + index + AHEAD, end - 1)])
-        amount = amount_at(work.amounts, places[begin + index])
+        amount = amount_at(work.symbols, work.amounts, places[begin + index])
         for side in range(2):
             neighbour = neighbours[2 * index + side]
             if neighbour >= 0:

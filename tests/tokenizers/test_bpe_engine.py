@@ -38,7 +38,17 @@ from jaxlm.tokenizers import (
 )
 from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_encode import _CACHED_CHUNKS, Workspace
-from jaxlm.tokenizers.bpe_kernels import LENGTH_SHIFT, LONG, TEXT_END, VALUE, chunk_place
+from jaxlm.tokenizers.bpe_kernels import (
+    AMOUNT_BITS,
+    LENGTH_SHIFT,
+    LONG,
+    MANY,
+    TEXT_END,
+    VALUE,
+    amount_at,
+    chunk_place,
+    replace_pair,
+)
 from jaxlm.tokenizers.bpe_layout import laid_out
 from jaxlm.tokenizers.bpe_merge import learn
 from jaxlm.tokenizers.bpe_queue import put_in_order
@@ -66,7 +76,12 @@ def test_threads_and_blocks_change_nothing(texts: list[str], threads: int, block
 
 @settings(max_examples=150)
 @given(
-    words=st.lists(st.tuples(st.text(alphabet="abc", min_size=1, max_size=70), st.integers(1, 4)), max_size=8),
+    words=st.lists(
+        st.tuples(
+            st.text(alphabet="abc", min_size=1, max_size=70), st.integers(1, 4) | st.sampled_from([126, 127, 128, 300])
+        ),
+        max_size=8,
+    ),
     known=st.integers(256, 300),
 )
 def test_merges_of_runs_and_ties(words: list[tuple[str, int]], known: int) -> None:
@@ -76,6 +91,22 @@ def test_merges_of_runs_and_ties(words: list[tuple[str, int]], known: int) -> No
         patch.setattr(bpe_work, "_KNOWN", known)
         tokenizer = BPETokenizer.train(texts, 256 + len(merges), split="none", special_tokens=())
     assert tokenizer.merges == merges
+
+
+def test_the_highest_ids_have_room_beside_an_amount() -> None:
+    left, right, new = range((1 << 24) - 3, 1 << 24)
+    lengths = np.ones(1 << 24, np.int32)
+    lengths[new] = 2
+    for amount in (1, 126, MANY):
+        symbols = np.array([left, right, right, left, right, -1], np.int32)
+        symbols[:-1] = symbols[:-1] << AMOUNT_BITS | amount
+        places, neighbours = np.array([0, 3], np.int32), np.zeros(4, np.int32)
+        assert replace_pair(symbols, lengths, places, 0, 2, left, right, new, neighbours) == 2
+        assert neighbours.tolist() == [-1, right, right, -1]
+        assert (symbols >> AMOUNT_BITS).tolist() == [new, new, right, new, new, -1]
+        assert [amount_at(symbols, np.array([2_000, 0, 0, 3_000, 0]), place) for place in (0, 3)] == (
+            [2_000, 3_000] if amount == MANY else [amount, amount]
+        )
 
 
 def random_words(seed: int, number: int, letters: str) -> list[str]:
