@@ -261,14 +261,14 @@ def longest_first(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
 
 
-def check_text(text: str) -> None:
-    """Raises InputError unless `text` is a `str` that UTF-8 can hold."""
+def check_text(text: str, begin: int = 0) -> None:
+    """Raises InputError unless `text`, or this part of one from a character on, is a `str` that UTF-8 can hold."""
     if not isinstance(text, str):
         raise InputError(f"A tokenizer encodes str, not {type(text).__name__}; decode bytes first.")
     try:
         text.encode("utf-16-le")  # refuses the same characters as UTF-8, five times as fast
     except UnicodeEncodeError as error:
-        raise _surrogate(text, error) from None
+        raise _surrogate(text, error, begin) from None
 
 
 def encode_utf8(text: str, begin: int = 0) -> bytes:
@@ -281,7 +281,7 @@ def encode_utf8(text: str, begin: int = 0) -> bytes:
         raise _surrogate(text, error, begin) from None
 
 
-def _surrogate(text: str, error: UnicodeEncodeError, begin: int = 0) -> InputError:
+def _surrogate(text: str, error: UnicodeEncodeError, begin: int) -> InputError:
     return InputError(
         f"The text holds the lone surrogate U+{ord(text[error.start]):04X} at character {begin + error.start}, which "
         "no UTF-8 text can; remove it, or read the source with errors='replace'."

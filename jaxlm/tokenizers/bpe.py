@@ -262,8 +262,16 @@ class BPETokenizer(Tokenizer):
         of one's own, megabytes without a letter) is held until it ends.
         """
         num_threads = _threads(num_threads)
+        done = 0  # characters
         for blocks in _groups(self._splitter.cut(pieces, _BLOCK, tuple(self.special_tokens)), num_threads):
-            batch = self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
+            try:
+                batch = self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
+            except InputError:
+                for block in blocks:
+                    check_text(block, done)  # to name the place in the whole text
+                    done += len(block)
+                raise
+            done += sum(map(len, blocks))
             yield from cast("list[IdArray]", batch)
 
     def _encode_ordinary(self, text: str) -> IdArray:

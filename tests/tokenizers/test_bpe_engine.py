@@ -444,6 +444,19 @@ def test_training_names_the_place_of_a_surrogate_in_its_text(
         BPETokenizer.train(texts, 257, special_tokens=(), num_threads=threads)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("place", [0, 49, 1_000, 2_099])
+def test_a_text_in_pieces_has_one_count_of_characters(
+    place: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bpe, "_BLOCK", 50)
+    text = "ab cé d" * 300
+    text = text[:place] + "\ud800" + text[place + 1 :]
+    pieces = [text[begin : begin + 30] for begin in range(0, len(text), 30)]
+    with pytest.raises(InputError, match=rf"U\+D800 at character {place},"):
+        list(BPETokenizer([]).encode_iter(pieces, num_threads=threads))
+
+
 def test_a_batch_is_a_list_of_texts() -> None:
     tokenizer = BPETokenizer([(97, 98)])
     for nothing in ("ab", None, 5):
