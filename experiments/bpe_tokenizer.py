@@ -23,6 +23,7 @@ from jaxlm.reports.tables import rows_table, token_text
 from jaxlm.runs import check_writable, console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.tokenizers.base import InputError, check_text, visible
+from jaxlm.tokenizers.bpe import check_split, check_vocab_size
 
 SENTENCE = "L'été, les hirondelles reviennent nicher sous les toits du village."
 
@@ -47,6 +48,8 @@ class Config:
             raise InputError("The seed and the number of sentences are at least 0.")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"The number of merges is at least 0, not {self.steps}.")
+        check_split(self.split, None)
+        check_vocab_size(self.vocab_size if self.steps is None else 257 + self.steps)
         if self.explain is not None:
             check_text(self.explain)
 

@@ -89,7 +89,10 @@ class _Notice(event.Listener):
         module = event.data["dispatcher"].py_func.__module__ or ""  # a function that was made by others may have none
         if module.startswith(f"{__package__}.") and not _Notice.given:
             _Notice.given = True
-            print("jaxlm: compiling kernels for this machine, once (some 20 seconds) ...", file=sys.stderr)
+            print(
+                "jaxlm: compiling kernels for this machine, and keeping them (at first some 20 seconds) ...",
+                file=sys.stderr,
+            )
 
     def on_end(self, event: event.Event) -> None:
         pass

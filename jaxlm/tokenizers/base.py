@@ -21,13 +21,14 @@ from collections.abc import Collection, Container, Iterable, Iterator, Mapping, 
 from functools import cache, cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 IdArray = npt.NDArray[np.int32]
 AllowedSpecial = Literal["all", "none"] | Collection[str]
+_Item = TypeVar("_Item")
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -130,6 +131,9 @@ class Tokenizer(ABC):
 
     # ---- what is the same for all
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.vocab_size} ids)"
+
     @property
     def end_of_text_id(self) -> int | None:
         return self.special_tokens.get(END_OF_TEXT)
@@ -209,7 +213,7 @@ class Tokenizer(ABC):
 
     def decode_batch(self, batch: Iterable[Iterable[int] | npt.NDArray[np.integer]]) -> list[str]:
         """`decode` for each of many sequences of ids."""
-        return [self.decode(ids) for ids in batch]
+        return [self.decode(ids) for ids in each_of(batch, "sequences of ids")]
 
     def decode_iter(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, piece by piece. A piece is given out when it can no longer change.
@@ -218,7 +222,7 @@ class Tokenizer(ABC):
         """
         given = ""
         seen: list[int] = []
-        for token_id in ids:
+        for token_id in each_of(ids, "ids"):
             seen.append(token_id)
             # What is still to be completed shows as U+FFFD, what may open an escape of SentencePiece's as U+2582.
             text = self.decode(seen).rstrip("\ufffd\u2582")
@@ -241,13 +245,15 @@ class Tokenizer(ABC):
             array = np.asarray(ids if isinstance(ids, np.ndarray | Sequence) else list(ids))
         except (TypeError, ValueError, OverflowError):
             raise InputError("Ids are a 1-D sequence of integers.") from None
-        if array.size == 0:
+        if array.shape == (0,):
             return np.zeros(0, np.int64)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
+        # Integers of more than 64 bits are objects.
+        are_integers = array.dtype.kind in "iu" or all(isinstance(item, Integral) for item in array.flat)
+        if array.ndim != 1 or not are_integers:
             raise InputError(f"Ids are a 1-D sequence of integers, not {array.dtype} of shape {array.shape}.")
         if array.min() < 0 or array.max() >= self.vocab_size:
             worst = int(array.min() if array.min() < 0 else array.max())
-            raise InputError(f"The id {worst} is outside the vocabulary of {self.vocab_size} ids.")
+            raise InputError(f"The id {shown(worst)} is outside the vocabulary of {self.vocab_size} ids.")
         return array.astype(np.int64, copy=False)
 
 
@@ -286,6 +292,14 @@ def _surrogate(text: str, error: UnicodeEncodeError, begin: int) -> InputError:
         f"The text holds the lone surrogate U+{ord(text[error.start]):04X} at character {begin + error.start}, which "
         "no UTF-8 text can; remove it, or read the source with errors='replace'."
     )
+
+
+def each_of(items: Iterable[_Item], what: str) -> Iterator[_Item]:
+    """An iterable's items. Raises InputError, which says what is needed, for what holds none."""
+    try:
+        return iter(items)
+    except TypeError:
+        raise InputError(f"An iterable of {what} is needed, not {type(items).__name__}.") from None
 
 
 def each_text(texts: Iterable[str]) -> Iterator[str]:

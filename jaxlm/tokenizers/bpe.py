@@ -32,6 +32,7 @@ from jaxlm.tokenizers.base import (
     blocks_of,
     check_allowed_special,
     check_text,
+    each_of,
     each_text,
     encode_utf8,
     list_of_texts,
@@ -85,6 +86,8 @@ class BPETokenizer(Tokenizer):
         self.pattern = pattern
         self.merges = pairs_of_symbols(merges)
         self._tokens = merged_tokens(self.merges)
+        if not isinstance(whole, Mapping | None):
+            raise InputError(f"Whole chunks are a mapping from bytes to ids, not {type(whole).__name__}.")
         self.whole: dict[bytes, int] = {}
         for chunk, token_id in (whole or {}).items():
             if not isinstance(chunk, bytes) or not chunk or not isinstance(token_id, Integral):
@@ -159,19 +162,13 @@ class BPETokenizer(Tokenizer):
           InputError: a vocabulary below 256 + special tokens, or above what the text can give (the message names the
             reachable size); a special token in a mapping whose id a merge needs; an unknown split.
         """
-        if not isinstance(vocab_size, Integral):
-            raise InputError(f"The size of a vocabulary is a whole number, not {vocab_size!r}.")
         if isinstance(special_tokens, Iterator):
             special_tokens = list(special_tokens)  # they are looked at now, and again when the merges are learned
         num_specials = len(special_token_ids(special_tokens, 256))
+        check_vocab_size(vocab_size, num_specials)
         num_merges = vocab_size - 256 - num_specials
-        if num_merges < 0:
-            raise InputError(
-                f"A byte-level BPE vocabulary has at least {256 + num_specials} ids (256 bytes and {num_specials} "
-                f"special tokens), and {vocab_size} were asked for; use a larger one."
-            )
         special_ids = special_token_ids(special_tokens, 256 + num_merges)  # before the work, not after it
-        check_highest_id(max([vocab_size - 1, *special_ids.values()]))
+        check_highest_id(max(special_ids.values(), default=0))
         from jaxlm.tokenizers.bpe_merge import learn
 
         tokenizer = cls((), split=split, special_tokens=(), pattern=pattern)
@@ -261,14 +258,22 @@ class BPETokenizer(Tokenizer):
         Joined, the arrays are `encode("".join(pieces))`. A text whose chunks have no end (the split "none", a pattern
         of one's own, megabytes without a letter) is held until it ends.
         """
-        num_threads = _threads(num_threads)
+        check_allowed_special(allowed_special)
+        blocks = self._splitter.cut(each_text(pieces), _BLOCK, tuple(self.special_tokens))
+        return self._encode_parts(blocks, allowed_special, _threads(num_threads))
+
+    def _encode_parts(
+        self, parts: Iterable[str], allowed_special: AllowedSpecial, num_threads: int
+    ) -> Iterator[IdArray]:
+        """`encode_iter` for parts that no chunk and no special token lies across."""
         done = 0  # characters
-        for blocks in _groups(self._splitter.cut(pieces, _BLOCK, tuple(self.special_tokens)), num_threads):
+        for blocks in _groups(parts, num_threads):
             try:
                 batch = self.encode_batch(blocks, allowed_special=allowed_special, num_threads=num_threads)
             except InputError:
-                for block in blocks:
-                    check_text(block, done)  # to name the place in the whole text
+                for block in blocks:  # of the first that is refused, and its place in the whole text
+                    check_text(block, done)
+                    self.encode(block, allowed_special=allowed_special)
                     done += len(block)
                 raise
             done += sum(map(len, blocks))
@@ -310,7 +315,7 @@ class BPETokenizer(Tokenizer):
         return self._decode([self._as_ids(ids)])[0].tobytes()
 
     def decode_batch(self, batch: Iterable[Iterable[int] | npt.NDArray[np.integer]]) -> list[str]:
-        data, ends = self._decode([self._as_ids(ids) for ids in batch])
+        data, ends = self._decode([self._as_ids(ids) for ids in each_of(batch, "sequences of ids")])
         view = data.data
         return [str(view[start:end], "utf-8", "replace") for start, end in itertools.pairwise([0, *ends.tolist()])]
 
@@ -328,7 +333,7 @@ class BPETokenizer(Tokenizer):
 
     def decode_iter(self, ids: Iterable[int]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token_id in ids:
+        for token_id in each_of(ids, "ids"):
             if piece := decoder.decode(self.token_bytes(token_id)):
                 yield piece
         if rest := decoder.decode(b"", final=True):
@@ -374,7 +379,10 @@ class BPETokenizer(Tokenizer):
     # ---- showing, saving, other formats
 
     def explain(self, text: str) -> Table:
-        """How a text is encoded, as a rich table: its chunks, each merge in order, and the tokens with their ids."""
+        """How a text is encoded, as a rich table: its chunks, each merge in order, and the tokens with their ids.
+
+        A special token in it is taken for text.
+        """
         from jaxlm.tokenizers.bpe_explain import explanation
 
         return explanation(self, text)
@@ -485,6 +493,18 @@ class BPETokenizer(Tokenizer):
         return tokenizer
 
 
+def check_vocab_size(vocab_size: int, num_specials: int = 1) -> None:
+    """Raises InputError for a size that no byte-level BPE vocabulary with so many special tokens has."""
+    if not isinstance(vocab_size, Integral):
+        raise InputError(f"The size of a vocabulary is a whole number, not {vocab_size!r}.")
+    if vocab_size < 256 + num_specials:
+        raise InputError(
+            f"A byte-level BPE vocabulary has at least {256 + num_specials} ids (256 bytes and {num_specials} "
+            f"special token{'s' * (num_specials != 1)}), and {vocab_size} were asked for; use a larger one."
+        )
+    check_highest_id(vocab_size - 1)
+
+
 def check_highest_id(token_id: int) -> None:
     """Raises InputError for an id beyond what a vocabulary has places for."""
     if token_id >= _MOST_IDS:
@@ -497,7 +517,7 @@ def check_split(split: str, pattern: str | None) -> None:
     """Raises InputError for an unknown split, or a pattern that is no regular expression."""
     import regex
 
-    if split not in SPLIT_PATTERNS:
+    if not isinstance(split, str) or split not in SPLIT_PATTERNS:
         raise InputError(f"There is no split {shown(split)}; known are {', '.join(SPLIT_PATTERNS)}.")
     if pattern is None:
         return
@@ -521,7 +541,7 @@ def check_split(split: str, pattern: str | None) -> None:
 def pairs_of_symbols(merges: Iterable[Iterable[int]]) -> list[Pair]:
     """Merges as tuples of two ints. Raises InputError for one that isn't a pair of whole numbers."""
     pairs = []
-    for index, merge in enumerate(merges):
+    for index, merge in enumerate(each_of(merges, "pairs of symbols")):
         try:
             left, right = map(operator.index, merge)
         except (TypeError, ValueError):
@@ -592,21 +612,26 @@ def _map(function: Callable[[list[str]], Any], blocks: Iterable[list[str]], num_
     """The results of a function for each block, in order; of the function's errors, the first block's.
 
     The thread that calls makes the blocks. While two for each other thread wait or are under way, it takes one itself;
-    and in the end those for which no thread has come yet.
+    and in the end those that no other thread has begun.
     """
     if num_threads == 1:
         return [function(block) for block in blocks]
     results = []
-    pending: deque[tuple[Future[Any], list[str]]] = deque()
+    pending: deque[Future[Any]] = deque()
+    for_others: dict[Future[Any], list[str]] = {}
     with workers(num_threads) as pool:
         try:
             for block in blocks:
-                while pending and pending[0][0].done():
-                    results.append(pending.popleft()[0].result())
-                has_time = sum(not call.done() for call, _ in pending) < 2 * (num_threads - 1)
-                pending.append((pool.submit(function, block) if has_time else _called(function, block), block))
-            calls = [_called(function, block) if call.cancel() else call for call, block in reversed(pending)]
-            return results + [call.result() for call in reversed(calls)]
+                while pending and pending[0].done():
+                    results.append(pending.popleft().result())
+                for_others = {call: block for call, block in for_others.items() if not call.done()}
+                if len(for_others) < 2 * (num_threads - 1):
+                    pending.append(pool.submit(function, block))
+                    for_others[pending[-1]] = block
+                else:
+                    pending.append(_called(function, block))
+            own = {call: _called(function, block) for call, block in reversed(for_others.items()) if call.cancel()}
+            return results + [own.get(call, call).result() for call in pending]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

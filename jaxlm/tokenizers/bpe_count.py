@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxlm.machine_code import inlined, kernel
 from jaxlm.tokenizers.bpe_kernels import (
+    LONG,
     TEXT_END,
     VALUE,
     chunk_key,
@@ -29,7 +30,8 @@ class ChunkCounts:
     Attributes:
       table: a chunk table; its values are the counts.
       arena: the bytes of the chunks that are too long for the table, each closed by 0xFF.
-      size: how many chunks there are; how much of the arena is used; and the bytes of all chunks, one more for each.
+      size: how many chunks there are; how much of the arena is used; and how many places the chunks take as symbols,
+        their bytes and one more for each.
     """
 
     def __init__(self) -> None:
@@ -118,7 +120,7 @@ def _add(buffer, start, length, first, second, short, code, amount, table, arena
     if found:
         table[slot, VALUE] += amount
         return True
-    if _is_full(size, table) or size[1] + length + 17 > len(arena):
+    if _is_full(size, table) or (short == LONG and size[1] + length + 17 > len(arena)):
         return False
     size[0] += 1
     size[2] += length + 1

@@ -61,8 +61,8 @@ prefetch = _prefetch if COMPILED else lambda array, index: None
 # ---- a hash table of chunks: open addressing, one row a slot
 #
 # A row fits into half a cache line: the first sixteen bytes of the chunk, which are all of it for nearly every chunk; a
-# value; and where the bytes of a longer one stand in an arena, with its length (17 for all those) in the highest byte.
-# The length is 0 in an empty slot. In the arena, chunks are closed by 0xFF, as texts are in a buffer.
+# value; and, below the chunk's length in the highest byte (17 for all longer ones), where a longer one stands in an
+# arena. The length is 0 in an empty slot. In the arena, chunks are closed by 0xFF, as texts are in a buffer.
 
 FIRST, SECOND, VALUE, PLACE = range(4)
 LONG = 17
@@ -178,7 +178,7 @@ def enter_chunk(table, slot, arena, place, buffer, start, length, first, second,
 
 @kernel
 def chunk_place(table, slot):
-    """Where the bytes of the chunk in a slot begin in the arena, if it is a long one; -1 for an empty slot."""
+    """Where a long chunk in a slot begins in the arena; at least 0 for a short one, too, and -1 for an empty slot."""
     place = table[slot, PLACE]
     return np.int64(place & _PLACE_MASK) if place else -1
 
@@ -187,8 +187,8 @@ def chunk_place(table, slot):
 #
 # Symbols stand in one int32 array, with -1 between and after chunks. One that stands for n bytes keeps their n places:
 # it is in the first and in the last of them, so that both neighbours are found from the lengths of ids. It is an id and
-# in the lowest bits how often its chunk occurs, so that both are waited for at once; 127 stands for any larger amount,
-# which is in an array of its own.
+# in the lowest seven bits how often its chunk occurs, so that both are waited for at once; 127 there says that an array
+# of amounts has the number: of 127 or more, or if all chunks occur equally often.
 
 AMOUNT_BITS = 7  # what is left beside ids below 2^24 and the sign
 MANY = (1 << AMOUNT_BITS) - 1

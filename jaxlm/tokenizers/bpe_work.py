@@ -37,8 +37,8 @@ class Work(NamedTuple):
 
     Attributes:
       symbols: int32 of shape (n + 1,), the text, as `bpe_kernels` says under "symbols".
-      amounts: int32 or int64 of shape (n,), how often the chunk of each place occurs, if the symbol there has no room
-        for it; or (1,), if all occur equally often.
+      amounts: int32 or int64 of shape (n,), how often the chunk of each place occurs if its symbols have no room for it;
+        or (1,), if all occur equally often.
       lengths: int32 of shape (m,), the bytes of each id.
       places: int32 of shape (3 n,), the lists of places, one after the other. Those of pairs of bytes have fewer than n
         places, and each symbol that a merge takes away, fewer than n in all, has two places listed anew.
@@ -51,7 +51,7 @@ class Work(NamedTuple):
       digits: int64 of shape (256,), where what has each digit goes, while sorting.
       state: int64 of shape (11,), numbers.
       merges, merge_counts: int32 of shape (m - 256, 2), and int64 of shape (m - 256,).
-      neighbours: int32 of shape (2 n,), the symbols on both sides of a merged pair's places.
+      neighbours: int32 of shape (2 n,), the ids on both sides of a merged pair's places.
       beside: int64 of shape (2, m, 4), for each share of a merge, and for each id as a neighbour of the new one, on its
         left and on its right: how many places their pair has, and its count.
       touched: int64 of shape (2, 2 m), the rows of `beside` that are in use, as neighbour << 1 | side.

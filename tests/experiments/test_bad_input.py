@@ -122,6 +122,8 @@ FLAGS = [
     ("bpe_tokenizer", "--split gpt5", "no split 'gpt5'"),
     ("bpe_tokenizer", "--steps 30000", "at most"),
     ("bpe_tokenizer", "--vocab-size 1000000000", "below 16,777,216, not 999999999"),
+    ("bpe_tokenizer", "--vocab-size 100 --corpus not/read", "at least 257 ids (256 bytes and 1 special token)"),
+    ("bpe_tokenizer", "--split gpt9 --corpus not/read", "There is no split 'gpt9'"),
     ("bpe_tokenizer", "--explain \udce9", "lone surrogate U+DCE9"),
     ("compare_tokenizers", "--tokenizers sentencepiece-bpe --vocab-sizes 270", "SentencePiece"),
     ("compare_tokenizers", "--tokenizers sentencepiece-unigram --vocab-sizes 1000000000", "SentencePiece"),
@@ -210,7 +212,7 @@ LATER: dict[str, dict[str, tuple[float, ...]]] = {
         )
         for name in WITH_MODEL
     },
-    "bpe_tokenizer": {"vocab_size": (-1, 0, 10**9, 10**18), "steps": (10**9, 10**18)},
+    "bpe_tokenizer": {},
 }
 for _name in (*WITH_WORKDIR, "overhead", "seed_curve"):
     LATER[_name]["corpus_bytes"] = (-1, 0)
@@ -799,7 +801,7 @@ def test_no_space(tmp_path: Path, corpus: str) -> None:
         assert status == 1, (name, sentence)
         assert "No space left on device" in sentence and "run the same command again." in sentence
         assert str(tmp_path / "disk") in sentence, "the place is named"
-        assert "\n" not in sentence
+        assert len([line for line in sentence.splitlines() if not line.startswith("jaxlm: compiling")]) == 1
         assert not left
 
 

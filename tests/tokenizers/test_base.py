@@ -221,6 +221,20 @@ def test_what_holds_no_ids_is_refused(tokenizer: Tokenizer, ids: Any) -> None:
     for batch in ([ids], [[1], ids]):
         with pytest.raises(InputError, match="1-D sequence of integers"):
             tokenizer.decode_batch(batch)
+    with pytest.raises(InputError, match="iterable of sequences of ids is needed, not"):
+        tokenizer.decode_batch(ids)
+    with pytest.raises(InputError, match="iterable of ids is needed, not"):
+        list(tokenizer.decode_iter(ids))
+
+
+@pytest.mark.parametrize("ids", [[[]], [[1]], [[1], [2]], [1.0], [True], ["1"], [None], np.zeros((2, 0))])
+def test_ids_have_one_dimension_and_are_integers(tokenizer: Tokenizer, ids: Any) -> None:
+    for method in (tokenizer.decode, tokenizer.decode_bytes, tokenizer.byte_lengths):
+        with pytest.raises(InputError, match="1-D sequence of integers"):
+            method(ids)
+    for token_id in list(ids):
+        with pytest.raises(InputError, match="1-D sequence of integers"):
+            tokenizer.token_bytes(token_id)
 
 
 def test_the_first_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> None:
@@ -230,6 +244,12 @@ def test_the_first_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> N
         tokenizer.decode([0, size])
     with pytest.raises(InputError, match=f"The id -1 is outside the vocabulary of {size} ids"):
         tokenizer.decode([0, -1])
+    with pytest.raises(InputError, match=f"The id {10**30} is outside the vocabulary of {size} ids"):
+        tokenizer.decode([0, 10**30])
+
+
+def test_a_tokenizer_shows_its_size(tokenizer: Tokenizer) -> None:
+    assert repr(tokenizer).startswith(f"{type(tokenizer).__name__}({tokenizer.vocab_size} ids")
 
 
 # ---- special tokens

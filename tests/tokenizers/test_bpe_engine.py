@@ -9,8 +9,10 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -247,6 +249,41 @@ def test_counts_of_parts_add_up(longest: int) -> None:
         assert total.size[2] == sum(1 + len(text.encode()) for text in set(texts))
 
 
+@pytest.mark.parametrize("room", range(40))
+def test_a_short_chunk_needs_no_room_among_the_long_ones(room: int) -> None:
+    total = counted(["a" * ((1 << 16) - 1 - room)])
+    total.update(counted(["b" * 10]))
+    assert as_counter(total)[b"b" * 10] == 1
+
+
+def test_blocks_that_are_done_are_let_go() -> None:
+    class Block(list[str]):
+        pass
+
+    known: list[weakref.ref[Block]] = []
+    most, done, enough = 0, 0, threading.Event()
+
+    def blocks() -> Iterator[list[str]]:
+        nonlocal most
+        for index in range(100):
+            block = Block([str(index)])
+            known.append(weakref.ref(block))
+            most = max(most, sum(reference() is not None for reference in known))
+            yield block
+
+    def function(block: list[str]) -> str:
+        nonlocal done
+        if block == ["0"]:
+            assert enough.wait(60)  # all that comes meanwhile is done before it
+        done += 1
+        if done == 90:
+            enough.set()
+        return block[0]
+
+    assert bpe._map(function, blocks(), 2) == list(map(str, range(100)))
+    assert most <= 5
+
+
 def test_a_stream_takes_memory_for_its_different_chunks_alone() -> None:
     counts = ChunkCounts()
     splitter = Splitter("gpt4", None)
@@ -442,6 +479,29 @@ def test_training_names_the_place_of_a_surrogate_in_its_text(
     texts = [long, "a", long[:place] + "\ud800" + long[place + 1 :], long]
     with pytest.raises(InputError, match=rf"U\+D800 at character {place},"):
         BPETokenizer.train(texts, 257, special_tokens=(), num_threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_of_a_text_in_pieces_the_first_that_is_refused_is_named(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "_BLOCK", 5)
+    tokenizer = BPETokenizer([(97, 98)], special_tokens=("<|x|>",))
+    for text, message in (
+        ("ab <|x|> ab ab ab \ud800", "contains the special token"),
+        ("ab \ud800 ab ab ab <|x|> ab", "at character 3,"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(tokenizer.encode_iter([text], num_threads=threads))
+
+
+def test_what_is_no_stream_of_text_is_refused_before_the_first_ids_are_asked_for() -> None:
+    tokenizer = BPETokenizer([])
+    for nothing in (None, 5, b"ab", "ab"):
+        with pytest.raises(InputError, match="iterable of texts is needed, not"):
+            tokenizer.encode_iter(nothing)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="num_threads"):
+        tokenizer.encode_iter(["ab"], num_threads=0)
+    with pytest.raises(InputError, match="allowed_special is"):
+        tokenizer.encode_iter(["ab"], allowed_special="any")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
