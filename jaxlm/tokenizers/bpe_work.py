@@ -37,8 +37,8 @@ class Work(NamedTuple):
 
     Attributes:
       symbols: int32 of shape (n + 1,), the text, as `bpe_kernels` says under "symbols".
-      amounts: int32 or int64 of shape (n,), how often the chunk of each place occurs if its symbols have no room for it;
-        or (1,), if all occur equally often.
+      amounts: int32 or int64 of shape (n,), how often the chunk of each place occurs, written only where its symbols
+        have no room for it; or (1,), if all occur equally often.
       lengths: int32 of shape (m,), the bytes of each id.
       places: int32 of shape (3 n,), the lists of places, one after the other. Those of pairs of bytes have fewer than n
         places, and each symbol that a merge takes away, fewer than n in all, has two places listed anew.
