@@ -26,15 +26,7 @@ from jaxlm.tokenizers.bpe_count import ChunkCounts
 from jaxlm.tokenizers.bpe_kernels import AHEAD, AMOUNT_BITS, amount_at, prefetch, replace_pair
 from jaxlm.tokenizers.bpe_layout import laid_out
 from jaxlm.tokenizers.bpe_queue import enqueue, is_in_run, open_bucket, pop, put_in_order
-from jaxlm.tokenizers.bpe_team import (
-    KIND,
-    close_board,
-    offer,
-    open_board,
-    report,
-    take_back,
-    wait_for_offer,
-)
+from jaxlm.tokenizers.bpe_team import KIND, close_board, offer, open_board, report, take_back, wait_for_offer
 from jaxlm.tokenizers.bpe_work import (
     BEGIN,
     BOUND,

@@ -212,10 +212,9 @@ LATER: dict[str, dict[str, tuple[float, ...]]] = {
         )
         for name in WITH_MODEL
     },
-    "bpe_tokenizer": {},
 }
 for _name in (*WITH_WORKDIR, "overhead", "seed_curve"):
-    LATER[_name]["corpus_bytes"] = (-1, 0)
+    LATER.setdefault(_name, {})["corpus_bytes"] = (-1, 0)
 LATER["compare_tokenizers"] |= {
     "vocab_sizes": (10**9, 10**18), "characters": (10**9, 10**18), "budget_size": (1e18, 1e308),
 }  # fmt: skip
