@@ -256,6 +256,18 @@ def test_a_short_chunk_needs_no_room_among_the_long_ones(room: int) -> None:
     assert as_counter(total)[b"b" * 10] == 1
 
 
+def test_the_caller_takes_the_blocks_that_no_thread_has_begun() -> None:
+    done = threading.Event()
+
+    def function(block: list[str]) -> bool:
+        if block == ["first"]:
+            return done.wait(20)  # the only other thread is busy until the caller has done what waits behind this
+        done.set()
+        return threading.current_thread() is threading.main_thread()
+
+    assert bpe._map(function, [["first"], ["second"]], 2) == [True, True]
+
+
 def test_blocks_that_are_done_are_let_go() -> None:
     class Block(list[str]):
         pass
