@@ -158,6 +158,7 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
     steps_at_once = several_steps(make_train_step(config.model, training, mesh))
     several = jax.jit(lambda state, batches: steps_at_once(state, batches)[0])
     divided = stacked(batch_sharding(mesh))
+    options = compiler_options(batch_tokens * config.model.width // mesh.size)
     seconds = compilation = 0.0
     first_steps = round(config.first_share * training.steps)
     for context, steps in ((config.first_context, first_steps), (config.model.context, training.steps - first_steps)):
@@ -167,7 +168,7 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
         batches = make_batches(train, context=context, batch_size=batch_tokens // context, seed=seed * 1_000 + context)
         windows = [batches[index] for index in range(at_once)]
         started = time.perf_counter()
-        compiled = several.lower(state, jax.device_put(np.stack(windows), divided)).compile(compiler_options())
+        compiled = several.lower(state, jax.device_put(np.stack(windows), divided)).compile(options)
         compilation += time.perf_counter() - started
         started = time.perf_counter()
         for done in range(at_once, steps + at_once, at_once):

@@ -50,9 +50,7 @@ def causal_attention(
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dropout_rate = dropout_rate if dropout_keys_B is not None else 0.0
     check_implementation(implementation, q_BTHK.dtype, dropout_rate)
-    if implementation is None:
-        time, width = q_BTHK.shape[1], q_BTHK.shape[3]
-        implementation = default_implementation(q_BTHK.dtype, dropout_rate, time, width, documents_BT is not None)
+    implementation = implementation or default_implementation(q_BTHK.dtype, q_BTHK.shape[3])
     if implementation == "cudnn":
         return _cudnn_attention(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT)
     seeds_BH = None
@@ -67,21 +65,16 @@ def causal_attention(
     return attend(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT, dropout_rate, seeds_BH)
 
 
-def default_implementation(
-    dtype: Any, dropout_rate: float, time: int, head_width: int, has_documents: bool = False
-) -> Implementation:
-    """numba on a CPU; cudnn on a GPU for what it takes, and triton for the rest; blocks where none of them can be.
+def default_implementation(dtype: Any, head_width: int) -> Implementation:
+    """numba on a CPU, triton on a GPU, and blocks where they can't be.
 
-    numba computes in float32, and needs its compiler (NUMBA_DISABLE_JIT turns it off). cudnn takes 16-bit inputs of an
-    even length, heads of a multiple of 8 up to 128, and no documents. Dropout on attention weights it would draw in
-    another way. The block of a wider head doesn't fit into a multiprocessor.
+    numba computes in float32, and needs its compiler (NUMBA_DISABLE_JIT turns it off). For triton the block of a head
+    wider than 128 doesn't fit into a multiprocessor. cudnn isn't taken by itself, as its gradients differ from run to
+    run, and a run that goes on would end elsewhere.
     """
     if jax.default_backend() == "cpu":
         return "numba" if has_numba() and jnp.dtype(dtype).itemsize <= 4 else "blocks"
-    if jax.default_backend() != "gpu" or head_width > _WIDEST:
-        return "blocks"
-    fits = jnp.dtype(dtype).itemsize == 2 and _fits_cudnn(time, head_width)
-    return "cudnn" if fits and not dropout_rate and not has_documents else "triton"
+    return "triton" if jax.default_backend() == "gpu" and head_width <= _WIDEST else "blocks"
 
 
 def has_numba() -> bool:

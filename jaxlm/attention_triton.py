@@ -1,8 +1,9 @@
-"""Causal attention in two Triton kernels, for GPUs: FlashAttention (Dao et al. 2022) with this project's dropout.
+"""Causal attention in three Triton kernels, for GPUs: FlashAttention (Dao et al. 2022) with this project's dropout.
 
 Shapes as in `attention.py`; in a kernel Q queries and S keys, a block of each. A program takes a block of one head, and
-what it computes on the way isn't written to memory. The forward one takes its queries, over the blocks of
-keys; the backward one its keys, over the blocks of queries, and then its queries, over the blocks of keys.
+what it computes on the way isn't written to memory: forward and for the gradients of queries its queries, over the
+blocks of keys, and for the gradients of keys and values its keys, over the blocks of queries. Nothing is added up by
+several programs, so that results are the same each time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,28 @@ from jax.experimental.pallas import triton
 
 from jaxlm.dropout import keep_mask, weight_index
 
-_BLOCK = 64
 _NEVER = -1e30  # the score of a key that may not be seen
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """What a program has: `own` positions, which it takes with `other` ones at a time; a multiple of them."""
+
+    own: int
+    other: int
+    warps: int
+    stages: int  # loads of so many turns of a loop are under way
+
+
+def _tiles(width: int) -> dict[str, _Tiles]:
+    """Of each kernel."""
+    if width <= 64:
+        return {
+            "forward": _Tiles(64, 64, 4, 3),
+            "keys_backward": _Tiles(64, 64, 4, 3),
+            "queries_backward": _Tiles(64, 32, 4, 3),
+        }
+    return dict.fromkeys(("forward", "keys_backward", "queries_backward"), _Tiles(64, 64, 8, 2))
 
 
 def attention_triton(
@@ -43,114 +64,144 @@ def attention_triton(
     """
     time, width = q_BTHK.shape[1], q_BTHK.shape[3]
     # Padding comes after all positions, none of which sees it, and adds nothing to a product.
-    late, wide = -time % _BLOCK, max(16, pl.next_power_of_2(width)) - width
+    tiles = _tiles(width).values()
+    late, wide = -time % max(each.own for each in tiles), max(16, pl.next_power_of_2(width)) - width
     qkv = [jnp.pad(x, ((0, 0), (0, late), (0, 0), (0, wide))) for x in (q_BTHK, k_BTGK, v_BTGK)]
     documents_B1T = None
     if documents_BT is not None:
         documents_B1T = jnp.pad(documents_BT, ((0, 0), (0, late)))[:, None]
     window = None if window is None or window >= time else window
-    kernels = _Kernels(scale * math.log2(math.e), window, 0.0 if seeds_BH is None else dropout_rate, interpret)
+    rate = 0.0 if seeds_BH is None else dropout_rate
+    kernels = _Kernels(scale * math.log2(math.e), window, rate, interpret)
     return _attend(kernels, *qkv, documents_B1T, seeds_BH)[:, :time, :, :width]
 
 
 @dataclass(frozen=True)
 class _Kernels:
-    """Both kernels, for these settings."""
+    """The kernels, for these settings."""
 
     scale: float  # of scores in bits, whose exponential is the fast one
     window: int | None
     rate: float
     interpret: bool
 
-    def forward(self, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
+    def forward(self, tiles: _Tiles, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
         documents_ref, seed_ref, out_ref, log_sums_ref = refs
-        query_block = pl.program_id(0)
-        q_QK = q_ref[_positions(query_block)]
+        block = pl.program_id(0)
+        queries = _Span(block, tiles.own)
+        q_QK = q_ref[queries.place]
 
-        def add(key_block: jax.Array, carry: Any) -> Any:
+        def add(is_diagonal: bool, key_block: jax.Array, carry: Any) -> Any:
             highest_Q, sums_Q, out_QK = carry
-            scores_QS = self.scores(q_QK, k_ref[_positions(key_block)], query_block, key_block, documents_ref)
+            keys = _Span(key_block, tiles.other)
+            scores_QS = self.scores(is_diagonal, False, q_QK, k_ref[keys.place], queries, keys, documents_ref)
             new_highest_Q = jnp.maximum(highest_Q, scores_QS.max(axis=1))
             weights_QS = jnp.exp2(scores_QS - new_highest_Q[:, None])
             rescale_Q = jnp.exp2(highest_Q - new_highest_Q)
-            dropped_QS = self.drop(weights_QS, query_block, key_block, seed_ref).astype(v_ref.dtype)
-            out_QK = out_QK * rescale_Q[:, None] + triton.dot(dropped_QS, v_ref[_positions(key_block)])
+            dropped_QS = self.drop(weights_QS, queries, keys, seed_ref, False).astype(v_ref.dtype)
+            out_QK = out_QK * rescale_Q[:, None] + triton.dot(dropped_QS, v_ref[keys.place])
             return new_highest_Q, sums_Q * rescale_Q + weights_QS.sum(axis=1), out_QK
 
-        start = jnp.full(_BLOCK, _NEVER), jnp.zeros(_BLOCK), jnp.zeros(q_QK.shape)
-        highest_Q, sums_Q, out_QK = lax.fori_loop(self.first_key_block(query_block), query_block + 1, add, start)
+        start = jnp.full(tiles.own, _NEVER), jnp.zeros(tiles.own), jnp.zeros(q_QK.shape)
+        highest_Q, sums_Q, out_QK = self.over_keys(tiles, block, add, start)
         out_ref[...] = (out_QK / sums_Q[:, None]).astype(out_ref.dtype)
         log_sums_ref[...] = highest_Q + jnp.log2(sums_Q)
 
-    def backward(self, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
-        documents_ref, seed_ref, d_out_ref, log_sums_ref, dots_ref, dq_ref, dk_ref, dv_ref = refs
-        block, num_blocks = pl.program_id(0), pl.num_programs(0)
+    def keys_backward(self, tiles: _Tiles, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
+        documents_ref, seed_ref, d_out_ref, log_sums_ref, dots_ref, dk_ref, dv_ref = refs
+        of_rows = documents_ref, seed_ref, log_sums_ref, dots_ref
+        block = pl.program_id(0)
+        keys = _Span(block, tiles.own)
+        k_SK, v_SK = k_ref[keys.place], v_ref[keys.place]
 
-        def gradients(
-            query_block: jax.Array, key_block: jax.Array, q_QK: Any, k_SK: Any, v_SK: Any, d_out_QK: Any
-        ) -> Any:
-            """Of the scores of a block, and its weights after dropout, (Q, S) each."""
-            queries = _positions(query_block)
-            scores_QS = self.scores(q_QK, k_SK, query_block, key_block, documents_ref)
-            weights_QS = jnp.exp2(scores_QS - log_sums_ref[queries][:, None])
-            dropped_QS = self.drop(weights_QS, query_block, key_block, seed_ref)
-            d_dropped_QS = triton.dot(d_out_QK, v_SK, trans_b=True)
-            d_scores_QS = dropped_QS * d_dropped_QS - weights_QS * dots_ref[queries][:, None]
-            return d_scores_QS.astype(q_QK.dtype), dropped_QS.astype(d_out_QK.dtype)
-
-        k_SK, v_SK = k_ref[_positions(block)], v_ref[_positions(block)]
-
-        def add_to_keys(query_block: jax.Array, carry: Any) -> Any:
-            q_QK, d_out_QK = q_ref[_positions(query_block)], d_out_ref[_positions(query_block)]
-            d_scores_QS, dropped_QS = gradients(query_block, block, q_QK, k_SK, v_SK, d_out_QK)
-            dk_SK, dv_SK = carry
-            return (
-                dk_SK + triton.dot(d_scores_QS, q_QK, trans_a=True),
-                dv_SK + triton.dot(dropped_QS, d_out_QK, trans_a=True),
+        def add(is_diagonal: bool, query_block: jax.Array, carry: Any) -> Any:
+            queries = _Span(query_block, tiles.other)
+            q_QK, d_out_QK = q_ref[queries.place], d_out_ref[queries.place]
+            d_scores_SQ, dropped_SQ = self.gradients(
+                is_diagonal, True, q_QK, k_SK, v_SK, d_out_QK, queries, keys, *of_rows
             )
+            dk_SK, dv_SK = carry
+            dk_SK = dk_SK + triton.dot(d_scores_SQ.astype(q_QK.dtype), q_QK)
+            return dk_SK, dv_SK + triton.dot(dropped_SQ.astype(d_out_QK.dtype), d_out_QK)
 
         zeros = jnp.zeros(k_SK.shape)
-        dk_SK, dv_SK = lax.fori_loop(block, self.end_of_queries(block, num_blocks), add_to_keys, (zeros, zeros))
-        natural = self.scale / math.log2(math.e)
-        dk_ref[...], dv_ref[...] = (natural * dk_SK).astype(dk_ref.dtype), dv_SK.astype(dv_ref.dtype)
+        dk_SK, dv_SK = self.over_queries(tiles, block, pl.num_programs(0), add, (zeros, zeros))
+        dk_ref[...], dv_ref[...] = (self.natural * dk_SK).astype(dk_ref.dtype), dv_SK.astype(dv_ref.dtype)
 
-        q_QK, d_out_QK = q_ref[_positions(block)], d_out_ref[_positions(block)]
+    def queries_backward(self, tiles: _Tiles, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
+        documents_ref, seed_ref, d_out_ref, log_sums_ref, dots_ref, dq_ref = refs
+        of_rows = documents_ref, seed_ref, log_sums_ref, dots_ref
+        block = pl.program_id(0)
+        queries = _Span(block, tiles.own)
+        q_QK, d_out_QK = q_ref[queries.place], d_out_ref[queries.place]
 
-        def add_to_queries(key_block: jax.Array, dq_QK: Any) -> Any:
-            k_SK, v_SK = k_ref[_positions(key_block)], v_ref[_positions(key_block)]
-            d_scores_QS, _ = gradients(block, key_block, q_QK, k_SK, v_SK, d_out_QK)
-            return dq_QK + triton.dot(d_scores_QS, k_SK)
+        def add(is_diagonal: bool, key_block: jax.Array, dq_QK: Any) -> Any:
+            keys = _Span(key_block, tiles.other)
+            k_SK, v_SK = k_ref[keys.place], v_ref[keys.place]
+            d_scores_QS, _ = self.gradients(is_diagonal, False, q_QK, k_SK, v_SK, d_out_QK, queries, keys, *of_rows)
+            return dq_QK + triton.dot(d_scores_QS.astype(k_SK.dtype), k_SK)
 
-        dq_QK = lax.fori_loop(self.first_key_block(block), block + 1, add_to_queries, jnp.zeros(q_QK.shape))
-        dq_ref[...] = (natural * dq_QK).astype(dq_ref.dtype)
+        dq_QK = self.over_keys(tiles, block, add, jnp.zeros(q_QK.shape))
+        dq_ref[...] = (self.natural * dq_QK).astype(dq_ref.dtype)
 
-    def scores(self, q_QK: jax.Array, k_SK: jax.Array, query_block: Any, key_block: Any, documents_ref: Any) -> Any:
-        t, s = _numbers(query_block)[:, None], _numbers(key_block)[None, :]
-        seen = s <= t if self.window is None else (s <= t) & (t - s < self.window)
+    @property
+    def natural(self) -> float:
+        """The scale without bits."""
+        return self.scale / math.log2(math.e)
+
+    def gradients(
+        self, is_diagonal: bool, keys_first: bool, q_QK: Any, k_SK: Any, v_SK: Any, d_out_QK: Any, queries: _Span,
+        keys: _Span, documents_ref: Any, seed_ref: Any, log_sums_ref: Any, dots_ref: Any,
+    ) -> Any:  # fmt: skip
+        """Of the scores of a block, but for the scale; and its weights after dropout."""
+        log_sums, _ = _across(log_sums_ref[queries.place], keys.numbers, keys_first)
+        dots, _ = _across(dots_ref[queries.place], keys.numbers, keys_first)
+        weights = jnp.exp2(self.scores(is_diagonal, keys_first, q_QK, k_SK, queries, keys, documents_ref) - log_sums)
+        dropped = self.drop(weights, queries, keys, seed_ref, keys_first)
+        return dropped * _product(d_out_QK, v_SK, keys_first) - weights * dots, dropped
+
+    def scores(
+        self, is_diagonal: bool, keys_first: bool, q_QK: Any, k_SK: Any, queries: _Span, keys: _Span, documents_ref: Any
+    ) -> Any:
+        """In bits. Off the diagonal, all keys are before all queries."""
+        t, s = _across(queries.numbers, keys.numbers, keys_first)
+        scores = self.scale * _product(q_QK, k_SK, keys_first)
+        seen = s <= t if is_diagonal else None
+        if self.window is not None:
+            seen = (s <= t) & (t - s < self.window)
         if documents_ref is not None:
-            documents_Q, documents_S = documents_ref[_positions(query_block)], documents_ref[_positions(key_block)]
-            seen = seen & (documents_Q[:, None] == documents_S[None, :])
-        return jnp.where(seen, self.scale * triton.dot(q_QK, k_SK, trans_b=True), _NEVER)
+            of_query, of_key = _across(documents_ref[queries.place], documents_ref[keys.place], keys_first)
+            seen = of_query == of_key if seen is None else seen & (of_query == of_key)
+        return scores if seen is None else jnp.where(seen, scores, _NEVER)
 
-    def drop(self, weights_QS: jax.Array, query_block: Any, key_block: Any, seed_ref: Any) -> jax.Array:
+    def drop(self, weights: jax.Array, queries: _Span, keys: _Span, seed_ref: Any, keys_first: bool) -> jax.Array:
         if not self.rate:
-            return weights_QS
-        index_QS = weight_index(_numbers(query_block)[:, None], _numbers(key_block)[None, :])
-        return jnp.where(keep_mask(seed_ref[...], index_QS, self.rate), weights_QS / (1.0 - self.rate), 0.0)
+            return weights
+        index = weight_index(*_across(queries.numbers, keys.numbers, keys_first))
+        return jnp.where(keep_mask(seed_ref[...], index, self.rate), weights / (1.0 - self.rate), 0.0)
 
-    def first_key_block(self, query_block: Any) -> Any:
-        if self.window is None:
-            return 0
-        return lax.div(lax.max(query_block * _BLOCK - self.window + 1, 0), _BLOCK)
+    def over_keys(self, tiles: _Tiles, query_block: Any, turn: Any, carry: Any) -> Any:
+        """All blocks of keys that a block of queries sees, those on the diagonal last."""
+        first, ratio = 0, tiles.own // tiles.other
+        if self.window is not None:
+            first = lax.div(lax.max(query_block * tiles.own - self.window + 1, 0), tiles.other)
+        carry = lax.fori_loop(first, query_block * ratio, partial(turn, False), carry)
+        return lax.fori_loop(query_block * ratio, (query_block + 1) * ratio, partial(turn, True), carry)
 
-    def end_of_queries(self, key_block: Any, num_blocks: Any) -> Any:
-        if self.window is None:
-            return num_blocks
-        return lax.min(num_blocks, lax.div(key_block * _BLOCK + _BLOCK - 1 + self.window - 1, _BLOCK) + 1)
+    def over_queries(self, tiles: _Tiles, key_block: Any, num_blocks: Any, turn: Any, carry: Any) -> Any:
+        """All blocks of queries that see a block of keys, those on the diagonal first."""
+        ratio = tiles.own // tiles.other
+        end = num_blocks * ratio
+        if self.window is not None:
+            last = (key_block + 1) * tiles.own - 1 + self.window - 1
+            end = lax.min(end, lax.div(last, tiles.other) + 1)
+        carry = lax.fori_loop(key_block * ratio, (key_block + 1) * ratio, partial(turn, True), carry)
+        return lax.fori_loop((key_block + 1) * ratio, end, partial(turn, False), carry)
 
-    def run(self, kernel: Any, inputs: tuple[Any, ...], outputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    def run(self, name: str, inputs: tuple[Any, ...], outputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
         """A program for each block of each head: it sees all of the head's inputs, and its block of the outputs."""
         batch, time, heads, width = inputs[0].shape
+        tiles = _tiles(width)[name]
 
         def of_head(x: Any, length: int, block: Any) -> pl.BlockSpec:
             if x.ndim == 2:  # (B, H)
@@ -160,15 +211,31 @@ class _Kernels:
             return pl.BlockSpec((None, length, None, width), lambda i, h, b: (b, block(i), h * x.shape[2] // heads, 0))
 
         return pl.pallas_call(
-            kernel,
-            grid=(time // _BLOCK, heads, batch),
+            partial(getattr(self, name), tiles),
+            grid=(time // tiles.own, heads, batch),
             in_specs=[None if x is None else of_head(x, time, lambda _: 0) for x in inputs],
-            out_specs=[of_head(x, _BLOCK, lambda i: i) for x in outputs],
+            out_specs=[of_head(x, tiles.own, lambda i: i) for x in outputs],
             out_shape=outputs,
-            compiler_params=triton.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
+            compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
             interpret=self.interpret,
-            name=f"attention_{kernel.__name__}",
+            name=f"attention_{name}",
         )(*inputs)
+
+
+class _Span:
+    """The positions of a block."""
+
+    def __init__(self, block: Any, size: int) -> None:
+        self.place, self.numbers = pl.ds(block * size, size), block * size + jnp.arange(size)
+
+
+def _across(of_queries: jax.Array, of_keys: jax.Array, keys_first: bool) -> tuple[jax.Array, jax.Array]:
+    """For blocks of (Q, S), or (S, Q): what a product takes as its first operand can stay in registers."""
+    return (of_queries[None, :], of_keys[:, None]) if keys_first else (of_queries[:, None], of_keys[None, :])
+
+
+def _product(of_queries: jax.Array, of_keys: jax.Array, keys_first: bool) -> jax.Array:
+    return triton.dot(*((of_keys, of_queries) if keys_first else (of_queries, of_keys)), trans_b=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -181,7 +248,7 @@ def _forward(kernels: _Kernels, *inputs: Any) -> tuple[jax.Array, Any]:
     batch, time, heads, _ = q_BTHK.shape
     log_sums_BHT = jax.ShapeDtypeStruct((batch, heads, time), jnp.float32)
     out_BTHK, log_sums_BHT = kernels.run(
-        kernels.forward, inputs, (jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), log_sums_BHT)
+        "forward", inputs, (jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), log_sums_BHT)
     )
     return out_BTHK, (inputs, out_BTHK, log_sums_BHT)
 
@@ -192,11 +259,9 @@ def _backward(kernels: _Kernels, saved: Any, d_out_BTHK: jax.Array) -> tuple[Any
     dots_BHT = jnp.einsum("bthk,bthk->bht", out_BTHK, d_out_BTHK, preferred_element_type=jnp.float32)
     groups = q_BTHK.shape[2] // k_BTGK.shape[2]
     of_keys = jax.ShapeDtypeStruct(q_BTHK.shape, k_BTGK.dtype if groups == 1 else jnp.float32)
-    dq_BTHK, *of_heads = kernels.run(
-        kernels.backward,
-        (*inputs, d_out_BTHK, log_sums_BHT, dots_BHT),
-        (jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), of_keys, of_keys),
-    )
+    saved = (*inputs, d_out_BTHK, log_sums_BHT, dots_BHT)
+    of_heads = kernels.run("keys_backward", saved, (of_keys, of_keys))
+    (dq_BTHK,) = kernels.run("queries_backward", saved, (jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),))
     batch, time, kv_heads, width = k_BTGK.shape
     dk_BTGK, dv_BTGK = (
         x.reshape(batch, time, kv_heads, groups, width).sum(axis=3).astype(k_BTGK.dtype) for x in of_heads
@@ -205,11 +270,3 @@ def _backward(kernels: _Kernels, saved: Any, d_out_BTHK: jax.Array) -> tuple[Any
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _positions(block: Any) -> Any:
-    return pl.ds(block * _BLOCK, _BLOCK)
-
-
-def _numbers(block: Any) -> jax.Array:
-    return block * _BLOCK + jnp.arange(_BLOCK)

@@ -23,6 +23,7 @@ from jaxlm.parallel import compiler_options, divided, sharding_beside
 from jaxlm.tokenizers.base import InputError
 
 WINDOWS_AT_ONCE = 32
+_MANY_IDS = 4_096  # for which the logits of a row fill a kernel
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ def evaluate(
     """Scores the first `num_documents` documents of `stream` (None: all), each alone, after one end-of-text token."""
     sharding = sharding_beside(params, WINDOWS_AT_ONCE)
     mesh = sharding.mesh if sharding else None
+    tokens = WINDOWS_AT_ONCE * config.context // (mesh.size if mesh else 1)
+    scorer = _window_scorer(tokens * config.width)
 
     def score_windows(*windows: jax.Array) -> jax.Array:
-        return _window_scorer()(params, config, mesh, jax.device_put(windows, sharding))
+        return scorer(params, config, mesh, jax.device_put(windows, sharding))
 
     nats = score_documents(score_windows, stream, end_of_text_id, config.context, num_documents=num_documents)
     num_bytes = stream.document_bytes[: len(nats)]
@@ -148,10 +151,10 @@ def _batched(
 
 
 @functools.cache
-def _window_scorer() -> Callable[..., jax.Array]:
+def _window_scorer(activation: int) -> Callable[..., jax.Array]:
     """Compiled as training steps are, but not before there is a device."""
 
-    @partial(jax.jit, static_argnums=(1, 2), compiler_options=compiler_options())
+    @partial(jax.jit, static_argnums=(1, 2), compiler_options=compiler_options(activation))
     def score(params: Params, config: ModelConfig, mesh: Any, windows: tuple[jax.Array, jax.Array]) -> jax.Array:
         def nats(params: Params, windows: tuple[jax.Array, jax.Array]) -> jax.Array:
             inputs_BT, targets_BT = windows
@@ -183,3 +186,26 @@ def _token_nats_backward(saved: tuple[jax.Array, ...], d_nats_BT: jax.Array) -> 
 
 
 token_nats.defvjp(_token_nats_forward, _token_nats_backward)
+
+
+def mean_nats(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """The mean of `token_nats`; for many ids on a GPU in a kernel that puts the gradient in the place of the logits."""
+    if jax.default_backend() != "gpu" or logits_BTV.shape[-1] < _MANY_IDS:
+        return token_nats(logits_BTV.astype(jnp.float32), targets_BT).mean()
+    return _mean_nats(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1))
+
+
+@jax.custom_vjp
+def _mean_nats(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    return token_nats(logits_NV.astype(jnp.float32), targets_N).mean()
+
+
+def _mean_nats_forward(logits_NV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    from jaxlm.rows_triton import nats_and_gradient  # pallas takes its time to import
+
+    nats_N, d_NV = nats_and_gradient(logits_NV, targets_N)
+    return nats_N.mean(), d_NV
+
+
+# The gradient of the loss is 1 in a training step, which XLA knows.
+_mean_nats.defvjp(_mean_nats_forward, lambda d_NV, d: (d_NV * d.astype(d_NV.dtype), None))

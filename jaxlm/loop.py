@@ -169,7 +169,8 @@ def train_together(
             )
             function = step if size == 1 else several_steps(step)
             lowered = jax.jit(function, donate_argnums=0).lower(like, batch, limits_of(*[(math.inf,) * count] * size))
-            return lowered.compile(compiler_options())
+            tokens = count * config.batch_size * model.context // mesh.size
+            return lowered.compile(compiler_options(tokens * model.width))
 
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed(states))
         for size in config.program_sizes(first):

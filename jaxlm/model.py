@@ -8,6 +8,7 @@ are what every backend does best.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,8 @@ Params = Any
 LARGEST_INT, LARGEST_FLOAT = int(np.iinfo(np.int32).max), float(np.finfo(np.float32).max)
 _MOST_LAYERS = 10_000  # each is traced
 _FEW_IDS = 4_096  # for which a product costs little beside the model
+_TILE, _MULTIPROCESSORS = 192, 128  # of a product on a GPU; at least so many
+_ROWS_OF_PART, _FEWEST_PARTS = 512, 4  # that a product is worth splitting into
 
 _CHOICES = {
     "norm": ("layer", "rms"),
@@ -116,17 +119,19 @@ def forward(
     *,
     dropout_key: jax.Array | None = None,
     attention: Implementation | None = None,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Logits of the next token at each position: int (B, T) -> float32 (B, T, V), for T up to `config.context`.
+    """Logits of the next token at each position: int (B, T) -> (B, T, V), for T up to `config.context`.
 
     Dropout is on if there is a key: a single one, or one for each sequence, whose masks then don't depend on the batch
-    that it is in. Logits at position t depend on tokens up to t alone. `attention`: as for `causal_attention`.
+    that it is in. Logits at position t depend on tokens up to t alone. `attention`: as for `causal_attention`. `dtype`:
+    of the logits; None is that of the parameters, in which they are computed.
     """
     keys_B = dropout_key
     if dropout_key is not None and dropout_key.ndim == 0:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(len(tokens_BT)))
     logits_NV: jax.Array = Decoder(config, attention).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
-    return logits_NV.reshape(*tokens_BT.shape, config.vocab_size).astype(jnp.float32)
+    return logits_NV.reshape(*tokens_BT.shape, config.vocab_size).astype(dtype or logits_NV.dtype)
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -201,7 +206,7 @@ class Decoder(nn.Module):
             x_ND = _rms(x_ND)
         for layer in range(config.num_layers):
             x_ND = Block(config, batch, self.attention, name=f"block_{layer}")(x_ND, _fold_in(keys_B, layer))
-        x_ND = _norm(config, "final_norm")(x_ND)
+        _, x_ND = _norm(config, "final_norm")(x_ND)
         head = tables[0].attend if config.tied_head else _linear(config, config.vocab_size, "head", is_output=True)
         logits_NV = head(x_ND)
         return logits_NV if config.logit_cap is None else config.logit_cap * jnp.tanh(logits_NV / config.logit_cap)
@@ -218,10 +223,10 @@ class Block(nn.Module):
     def __call__(self, x_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         config = self.config
         keys = [_fold_in(keys_B, place) for place in range(3)]
-        h_ND = _norm(config, "attention_norm")(x_ND)
+        x_ND, h_ND = _norm(config, "attention_norm")(x_ND)
         h_ND = _linear(config, config.width, "attention_output", is_output=True)(self.attend(h_ND, keys[0]))
         x_ND = x_ND + self.drop(h_ND, keys[1])
-        h_ND = _norm(config, "mlp_norm")(x_ND)
+        x_ND, h_ND = _norm(config, "mlp_norm")(x_ND)
         h_NF = _linear(config, config.feed_forward_width, "mlp_up")(h_ND)
         if config.activation == "swiglu":
             h_NF = h_NF * nn.silu(_linear(config, config.feed_forward_width, "mlp_gate")(h_ND))
@@ -232,9 +237,15 @@ class Block(nn.Module):
     def attend(self, h_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         config = self.config
         num_kv_heads, head_width = config.num_kv_heads or config.num_heads, config.width // config.num_heads
+        # A product can add its result to another, but XLA doesn't see it in the sum of three gradients of h.
+        also_h_ND = h_ND if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(h_ND)
         q_BTHK, k_BTGK, v_BTGK = (
-            _linear(config, heads * head_width, name, biases=False)(h_ND).reshape(self.batch, -1, heads, head_width)
-            for name, heads in (("query", config.num_heads), ("key", num_kv_heads), ("value", num_kv_heads))
+            _linear(config, heads * head_width, name, biases=False)(x_ND).reshape(self.batch, -1, heads, head_width)
+            for name, heads, x_ND in (
+                ("query", config.num_heads, h_ND),
+                ("key", num_kv_heads, also_h_ND),
+                ("value", num_kv_heads, also_h_ND),
+            )
         )
         if config.qk_norm:
             q_BTHK, k_BTGK = 2.0 * _rms(q_BTHK), _rms(k_BTGK)
@@ -303,7 +314,7 @@ def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     gradient of what is wide takes XLA 40 % less time than that of what is high.
     """
     if jax.default_backend() != "cpu":
-        return x_NI @ kernel_IO
+        return _split_product(x_NI, kernel_IO)
     if has_numba():
         from jaxlm.products_numba import fits, product  # numba takes its time to import
 
@@ -313,6 +324,29 @@ def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
         return x_NI @ kernel_IO
     kernel_OI = jax.lax.optimization_barrier(kernel_IO.T)  # or XLA would see through it
     return jax.lax.dot_general(x_NI, kernel_OI, (((1,), (1,)), ((), ())))
+
+
+@jax.custom_vjp
+def _split_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return x_NI @ kernel_IO
+
+
+def _split_product_backward(
+    saved: tuple[jax.Array, jax.Array], d_NO: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Has the gradient of a small kernel computed in parts, so that each multiprocessor of a GPU gets its tile."""
+    x_NI, kernel_IO = saved
+    tiles = -(-kernel_IO.shape[0] // _TILE) * -(-kernel_IO.shape[1] // _TILE)
+    most = max(1, min(_MULTIPROCESSORS // tiles, len(x_NI) // _ROWS_OF_PART))
+    parts = math.gcd(len(x_NI), 1 << most.bit_length() - 1)
+    if parts < _FEWEST_PARTS:
+        return d_NO @ kernel_IO.T, x_NI.T @ d_NO
+    x_PNI, d_PNO = (array.reshape(parts, -1, array.shape[1]) for array in (x_NI, d_NO))
+    d_kernel_PIO = jnp.einsum("pni,pno->pio", x_PNI, d_PNO, preferred_element_type=jnp.float32)
+    return d_NO @ kernel_IO.T, d_kernel_PIO.sum(axis=0).astype(kernel_IO.dtype)
+
+
+_split_product.defvjp(lambda x_NI, kernel_IO: (_split_product(x_NI, kernel_IO), (x_NI, kernel_IO)), _split_product_backward)
 
 
 @jax.custom_vjp
@@ -364,11 +398,15 @@ def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def _rows_backward(saved: tuple[jax.Array, jax.Array], d_rows_BTD: jax.Array) -> tuple[jax.Array, None]:
-    """A product with one-hot rows, which is the same each time and needs no waiting; for many ids, sums in float32."""
+    """A product with one-hot rows, which is the same each time and needs no waiting; for many ids, a kernel of sums."""
     table_VD, tokens_BT = saved
     if len(table_VD) <= _FEW_IDS:
         one_hot_BTV = jax.nn.one_hot(tokens_BT, len(table_VD), dtype=d_rows_BTD.dtype)
         d_table_VD = jnp.einsum("btv,btd->vd", one_hot_BTV, d_rows_BTD, preferred_element_type=jnp.float32)
+    elif jax.default_backend() == "gpu":
+        from jaxlm.rows_triton import sums_by_token  # pallas takes its time to import
+
+        d_table_VD = sums_by_token(tokens_BT.reshape(-1), d_rows_BTD.reshape(-1, table_VD.shape[1]), len(table_VD))
     else:
         d_table_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BT].add(d_rows_BTD.astype(jnp.float32))
     return d_table_VD.astype(table_VD.dtype), None

@@ -18,6 +18,7 @@ from jaxlm.tokenizers.threads import num_cores
 
 _DATA = "data"
 _CACHE_TOKENS = 512  # whose activations stay in a core's cache
+_SMALL_ACTIVATION = 2**22  # numbers
 
 LossFunction = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 
@@ -41,20 +42,26 @@ def use_cores(batch_size: int, num_devices: int | None = None) -> None:
         return
 
 
-def compiler_options() -> dict[str, Any]:
-    """How XLA is to compile a training step; for GPUs alone, as a CPU's defaults are the best that was found."""
+def compiler_options(activation: int) -> dict[str, Any]:
+    """How XLA is to compile a training step; for GPUs alone, as a CPU's defaults are the best that was found.
+
+    Args:
+      activation: how many numbers a device has in one: those of its tokens times the width of the model.
+    """
     if jax.default_backend() != "gpu":
         return {}
-    return {
+    options: dict[str, Any] = {
         # Products by cuBLAS, by an algorithm of its choice. XLA would try many at each start, and when a run goes on it
         # might choose others, with other roundings.
         "xla_gpu_autotune_level": 0,
         "xla_gpu_enable_triton_gemm": False,
         # Only small products that share an operand become one, as their operands and results are copied for it.
         "xla_gpu_dot_merger_threshold_mb": 16,
-        # Kernels that don't need each other run side by side.
-        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     }
+    if activation <= _SMALL_ACTIVATION:
+        # Kernels that don't need each other run side by side, where one takes less than the gap to the next.
+        options["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
+    return options
 
 
 # Dense bfloat16 without sparsity, FLOP/s of one device, from its maker's data sheet.

@@ -23,10 +23,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm.attention import Implementation
 from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract, saved_steps
-from jaxlm.evaluation import WINDOWS_AT_ONCE, token_nats
+from jaxlm.evaluation import WINDOWS_AT_ONCE, mean_nats
 from jaxlm.faults import Policy
 from jaxlm.model import LARGEST_FLOAT, LARGEST_INT, ModelConfig, Params, abstract_params, forward, init, num_parameters
-from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
+from jaxlm.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, tree_norm
 from jaxlm.parallel import batch_sharding, mean_gradients, memory_bytes
 from jaxlm.runs import CONFIG_FILE, Acceptable, Run, console, read_config
 from jaxlm.tokenizers.base import InputError, Tokenizer, check_text, check_types, load_tokenizer, shown
@@ -259,8 +259,8 @@ def _make_step(
         params = optax.apply_updates(state.params, jax.tree.map(lambda update: factor * update, updates))
         metrics = {
             "train/loss": train_loss,
-            "grad_norm": optax.tree.norm(grads),
-            "weight_norm": optax.tree.norm(params),
+            "grad_norm": tree_norm(grads),
+            "weight_norm": tree_norm(params),
             "learning_rate": factor * jnp.asarray(schedule(state.step), jnp.float32),
         }
         good = train_loss <= limit
@@ -296,8 +296,8 @@ def loss_function(
 ) -> jax.Array:
     """Mean nats per target token, end-of-text included, of a batch of shape (B, T + 1)."""
     params = jax.tree.map(lambda leaf: leaf.astype(compute_type), params)
-    logits_BTV = forward(params, batch[:, :-1], model, dropout_key=dropout_key, attention=attention)
-    return token_nats(logits_BTV, batch[:, 1:]).mean()
+    logits_BTV = forward(params, batch[:, :-1], model, dropout_key=dropout_key, attention=attention, dtype=None)
+    return mean_nats(logits_BTV, batch[:, 1:])
 
 
 def random_key(seed: int, stream: Literal["parameters", "dropout", "samples"]) -> jax.Array:

@@ -28,6 +28,13 @@ from jaxlm.parallel import batch_sharding, compiler_options, data_mesh, peak_flo
 from jaxlm.training import TrainConfig, init_state, make_train_step, several_steps
 
 
+class PlainNorm(nn.LayerNorm):
+    """Flax's, that returns its input, too, as ours does."""
+
+    def __call__(self, x_ND: jax.Array) -> tuple[jax.Array, jax.Array]:  # type: ignore[override]
+        return x_ND, super().__call__(x_ND)
+
+
 def main() -> None:
     config = json.loads(sys.argv[1])
     plain = config["plain"]
@@ -46,7 +53,7 @@ def main() -> None:
     if plain:
         parts: Any = jaxlm.model
         parts.causal_attention = partial(causal_attention, implementation="reference")
-        parts._norm = lambda _, name: nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+        parts._norm = lambda _, name: PlainNorm(epsilon=1e-5, use_fast_variance=False, name=name)
         parts._ACTIVATIONS["relu"] = nn.relu
         parts._product, parts._add_to_rows = jnp.matmul, jnp.add
         jaxlm.parallel.sequences_at_once = lambda batch_size, time: batch_size
@@ -57,7 +64,8 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(model.vocab_size, size=shape).astype(np.int32)
     batches = jax.device_put(tokens, stacked(batch_sharding(mesh)))
     steps = several_steps(make_train_step(model, training, mesh))
-    program = jax.jit(steps, donate_argnums=0).lower(state, batches).compile(compiler_options())
+    options = compiler_options(training.batch_size * model.context * model.width // mesh.size)
+    program = jax.jit(steps, donate_argnums=0).lower(state, batches).compile(options)
     for line in sys.stdin:
         seconds = []
         for _ in range(max(1, int(line) // config["timed"])):
