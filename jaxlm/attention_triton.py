@@ -21,12 +21,13 @@ from jax.experimental.pallas import triton
 
 from jaxlm.dropout import keep_mask, weight_index
 
+_MOST = 64  # positions of a program
 _NEVER = -1e30  # the score of a key that may not be seen
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """What a program has: `own` positions, which it takes with `other` ones at a time; a multiple of them."""
+    """What a program has: `own` positions, which it takes with `other` ones at a time, a divisor of them."""
 
     own: int
     other: int
@@ -34,15 +35,15 @@ class _Tiles:
     stages: int  # loads of so many turns of a loop are under way
 
 
-def _tiles(width: int) -> dict[str, _Tiles]:
-    """Of each kernel."""
-    if width <= 64:
-        return {
-            "forward": _Tiles(64, 64, 4, 3),
-            "keys_backward": _Tiles(64, 64, 4, 3),
-            "queries_backward": _Tiles(64, 32, 4, 3),
-        }
-    return dict.fromkeys(("forward", "keys_backward", "queries_backward"), _Tiles(64, 64, 8, 2))
+_KERNELS = ("forward", "keys_backward", "queries_backward")
+
+
+def _tiles(width: int, dtype: Any) -> dict[str, _Tiles]:
+    """Of each kernel. The first ones are the fastest of those tried on an H200; the others fit into 100 kB."""
+    row_bytes = width * jnp.dtype(dtype).itemsize
+    if row_bytes <= 128:
+        return dict(zip(_KERNELS, (_Tiles(64, 64, 4, 3), _Tiles(64, 64, 4, 3), _Tiles(64, 32, 4, 3)), strict=True))
+    return dict.fromkeys(_KERNELS, _Tiles(64, 64, 8, 2) if row_bytes <= 256 else _Tiles(32, 32, 4, 2))
 
 
 def attention_triton(
@@ -54,25 +55,18 @@ def attention_triton(
     documents_BT: jax.Array | None = None,
     dropout_rate: float = 0.0,
     seeds_BH: jax.Array | None = None,
-    *,
-    interpret: bool = False,
 ) -> jax.Array:
-    """As `attention_reference`; float32 operands of products are rounded to tf32, which is JAX's default on a GPU too.
-
-    Args:
-      interpret: run the kernels as plain JAX, on whatever device.
-    """
+    """As `attention_reference`; float32 operands of products are rounded to tf32, JAX's default on a GPU, too."""
     time, width = q_BTHK.shape[1], q_BTHK.shape[3]
     # Padding comes after all positions, none of which sees it, and adds nothing to a product.
-    tiles = _tiles(width).values()
-    late, wide = -time % max(each.own for each in tiles), max(16, pl.next_power_of_2(width)) - width
+    late, wide = -time % _MOST, max(16, pl.next_power_of_2(width)) - width
     qkv = [jnp.pad(x, ((0, 0), (0, late), (0, 0), (0, wide))) for x in (q_BTHK, k_BTGK, v_BTGK)]
     documents_B1T = None
     if documents_BT is not None:
         documents_B1T = jnp.pad(documents_BT, ((0, 0), (0, late)))[:, None]
     window = None if window is None or window >= time else window
     rate = 0.0 if seeds_BH is None else dropout_rate
-    kernels = _Kernels(scale * math.log2(math.e), window, rate, interpret)
+    kernels = _Kernels(scale * math.log2(math.e), window, rate)
     return _attend(kernels, *qkv, documents_B1T, seeds_BH)[:, :time, :, :width]
 
 
@@ -83,7 +77,6 @@ class _Kernels:
     scale: float  # of scores in bits, whose exponential is the fast one
     window: int | None
     rate: float
-    interpret: bool
 
     def forward(self, tiles: _Tiles, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
         documents_ref, seed_ref, out_ref, log_sums_ref = refs
@@ -182,7 +175,8 @@ class _Kernels:
 
     def over_keys(self, tiles: _Tiles, query_block: Any, turn: Any, carry: Any) -> Any:
         """All blocks of keys that a block of queries sees, those on the diagonal last."""
-        first, ratio = 0, tiles.own // tiles.other
+        ratio = tiles.own // tiles.other
+        first: Any = 0
         if self.window is not None:
             first = lax.div(lax.max(query_block * tiles.own - self.window + 1, 0), tiles.other)
         carry = lax.fori_loop(first, query_block * ratio, partial(turn, False), carry)
@@ -201,7 +195,7 @@ class _Kernels:
     def run(self, name: str, inputs: tuple[Any, ...], outputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
         """A program for each block of each head: it sees all of the head's inputs, and its block of the outputs."""
         batch, time, heads, width = inputs[0].shape
-        tiles = _tiles(width)[name]
+        tiles = _tiles(width, inputs[0].dtype)[name]
 
         def of_head(x: Any, length: int, block: Any) -> pl.BlockSpec:
             if x.ndim == 2:  # (B, H)
@@ -217,7 +211,6 @@ class _Kernels:
             out_specs=[of_head(x, tiles.own, lambda i: i) for x in outputs],
             out_shape=outputs,
             compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-            interpret=self.interpret,
             name=f"attention_{name}",
         )(*inputs)
 

@@ -281,9 +281,7 @@ class _Facts:
 
     def __init__(self, model: ModelConfig, config: TrainConfig) -> None:
         flops, peak = flops_per_token(abstract_params(model), model), peak_flops()
-        attention = config.attention or default_implementation(
-            config.compute_type, model.dropout, model.context, model.width // model.num_heads
-        )
+        attention = config.attention or default_implementation(config.compute_type, model.width // model.num_heads)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.utilization = math.nan if peak is None else flops / peak[0]  # times tokens per second makes MFU
         self.lines = [f"attention: {attention}; {config.compute_type} on {devices}"]

@@ -331,9 +331,7 @@ def _split_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return x_NI @ kernel_IO
 
 
-def _split_product_backward(
-    saved: tuple[jax.Array, jax.Array], d_NO: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _split_product_backward(saved: tuple[jax.Array, jax.Array], d_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Has the gradient of a small kernel computed in parts, so that each multiprocessor of a GPU gets its tile."""
     x_NI, kernel_IO = saved
     tiles = -(-kernel_IO.shape[0] // _TILE) * -(-kernel_IO.shape[1] // _TILE)
@@ -346,7 +344,9 @@ def _split_product_backward(
     return d_NO @ kernel_IO.T, d_kernel_PIO.sum(axis=0).astype(kernel_IO.dtype)
 
 
-_split_product.defvjp(lambda x_NI, kernel_IO: (_split_product(x_NI, kernel_IO), (x_NI, kernel_IO)), _split_product_backward)
+_split_product.defvjp(
+    lambda x_NI, kernel_IO: (_split_product(x_NI, kernel_IO), (x_NI, kernel_IO)), _split_product_backward
+)
 
 
 @jax.custom_vjp

@@ -72,7 +72,8 @@ def _backward(
     if _in_kernels(d_ND):
         from jaxlm.rows_triton import normalize_backward
 
-        return normalize_backward(*saved, d_same_ND, d_ND)
+        x_ND, mean_N, inverse_N, scale_D = saved
+        return normalize_backward(x_ND, mean_N, inverse_N, scale_D, d_same_ND, d_ND)
     # Without the barriers XLA computes each row's numbers anew wherever they are used, and writes float32 arrays as
     # large as x on the way.
     x_ND, mean_N1, inverse_N1, scale_D = jax.lax.optimization_barrier(saved)

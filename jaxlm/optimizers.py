@@ -127,8 +127,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, mesh: Mesh | None = 
 def tree_norm(tree: Any) -> jax.Array:
     """The square root of the sum of all squares.
 
-    As `optax.tree.norm`, but for the order: of each row first, and then of all rows together, which saves a GPU a kernel
-    for each leaf.
+    As `optax.tree.norm`, but for the order: of each row first, and then of all rows together, which saves a GPU a
+    kernel for each leaf.
     """
     rows = [jnp.square(leaf).sum(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(tree)]
     together = jax.lax.optimization_barrier(jnp.concatenate(rows))  # or XLA would add each leaf up alone

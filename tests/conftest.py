@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Programs in tests are compiled more often than they are run. Read when JAX starts.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
@@ -11,6 +12,7 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('
 import jax
 import pytest
 from hypothesis import settings
+from jax.experimental import pallas as pl
 
 # The machines that run these tests differ in speed by far; a slow example is no failure.
 settings.register_profile("jaxlm", deadline=None)
@@ -40,11 +42,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for GPUs run as plain JAX, on whatever device."""
+    call = pl.pallas_call
+
+    def interpret(kernel: Any, *, compiler_params: Any, **settings: Any) -> Any:
+        return call(kernel, interpret=True, **settings)
+
+    monkeypatch.setattr(pl, "pallas_call", interpret)
+
+
 # To trace a test for coverage makes it a quarter slower. These are about machine code, which leaves no trace, or about
 # modules that other tests go through as well.
 UNTRACED = (
     "test_attention", "test_bpe_engine", "test_bpe_split", "test_dropout", "test_measures", "test_model",
-    "test_moved_runs", "test_parallel", "test_statistics", "test_training",
+    "test_moved_runs", "test_parallel", "test_rows_triton", "test_statistics", "test_training",
 )  # fmt: skip
 
 

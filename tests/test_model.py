@@ -554,25 +554,30 @@ def test_the_context_is_a_limit() -> None:
         logits_of(params, random_tokens(TINY, time=10), TINY)
 
 
-@pytest.mark.parametrize("few", [4096, 5], ids=["a product", "sums"])
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("backend", "few"), [("gpu", 4096), ("gpu", 5), ("tpu", 5)], ids=["a product", "a kernel", "sums"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_looking_up_rows_is_the_same_on_an_accelerator(few: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_up_rows_is_the_same_on_an_accelerator(
+    backend: str, few: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random = np.random.default_rng(3)
     table = jnp.asarray(random.normal(size=(13, 6)), dtype)
     tokens = random.integers(11, size=(4, 9))  # some many times, some never
     above = jnp.asarray(random.normal(size=(4, 9, 6)), dtype)
     monkeypatch.setattr(model, "_FEW_IDS", few)
     found = {}
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+    for device in ("cpu", backend):
+        monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
         rows, pull_back = jax.vjp(lambda table: model._look_up(table, tokens), table)
-        found[backend] = rows, *pull_back(above)
-    assert found["gpu"][1].dtype == dtype
-    np.testing.assert_array_equal(found["cpu"][0], found["gpu"][0])
+        found[device] = rows, *pull_back(above)
+    assert found[backend][1].dtype == dtype
+    np.testing.assert_array_equal(found["cpu"][0], found[backend][0])
     exact = np.zeros((13, 6))
     np.add.at(exact, tokens, np.asarray(above, np.float64))
     np.testing.assert_allclose(
-        np.asarray(found["gpu"][1], np.float64), exact, rtol=1e-2 if dtype == "bfloat16" else 1e-5
+        np.asarray(found[backend][1], np.float64), exact, rtol=1e-2 if dtype == "bfloat16" else 1e-5
     )
 
 

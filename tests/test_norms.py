@@ -32,8 +32,11 @@ def test_values_and_gradients_are_those_of_flax(shift: bool, dtype: str) -> None
 
     def of(norm: Any) -> list[Any]:
         """The gradients of parameters and input, and the result."""
-        y_ND, pull_back = jax.vjp(norm.apply, params, x_ND)
+        y_ND, pull_back = jax.vjp(lambda *given: result(norm.apply(*given)), params, x_ND)
         return [*jax.tree.leaves(pull_back(d_ND)), y_ND]
+
+    def result(found: Any) -> Any:
+        return found[1] if isinstance(found, tuple) else found
 
     *weights, x, d = (np.asarray(leaf, np.float64) for leaf in jax.tree.leaves((params, x_ND, d_ND)))
     centred = x - x.mean(axis=1, keepdims=True) if shift else x
@@ -56,6 +59,17 @@ def test_values_and_gradients_are_those_of_flax(shift: bool, dtype: str) -> None
 def test_nothing_as_large_as_the_input_is_kept_in_float32() -> None:
     x_ND, norm = jnp.ones((6, 5), jnp.bfloat16), Norm(True, 1e-5)
     params = norm.init(jax.random.key(0), x_ND)
-    _, gradient = jax.vjp(norm.apply, params, x_ND)
+    _, gradient = jax.vjp(lambda *given: norm.apply(*given)[1], params, x_ND)
     kept = {leaf.dtype.name for leaf in jax.tree.leaves(gradient) if leaf.size >= x_ND.size}
     assert kept == {"bfloat16"}
+
+
+def test_the_gradients_of_x_and_of_its_norm_are_added() -> None:
+    random = np.random.default_rng(1)
+    x_ND, d_x_ND, d_y_ND = (jnp.asarray(random.normal(size=(7, 12)), jnp.float32) for _ in range(3))
+    norm = Norm(True, 1e-5)
+    params = norm.init(jax.random.key(0), x_ND)
+    (same_ND, _), pull_back = jax.vjp(lambda x_ND: norm.apply(params, x_ND), x_ND)
+    np.testing.assert_array_equal(same_ND, x_ND)
+    (both_ND,), (alone_ND,) = pull_back((d_x_ND, d_y_ND)), pull_back((jnp.zeros_like(d_x_ND), d_y_ND))
+    np.testing.assert_array_equal(both_ND, d_x_ND + alone_ND)

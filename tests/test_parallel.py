@@ -49,8 +49,8 @@ tokens, ends = batches.reshape(-1) % 15, np.array([3, 50, 90, 272])
 tokens[ends - 1] = 15
 stream = TokenStream((tokens,), ends, np.diff(ends, prepend=0))
 scored = []
-score_windows = evaluation._window_scorer()
-evaluation._window_scorer = lambda: lambda *arguments: scored.append(score_windows(*arguments)) or scored[-1]
+score_windows = evaluation._window_scorer(1)
+evaluation._window_scorer = lambda _: lambda *arguments: scored.append(score_windows(*arguments)) or scored[-1]
 for mesh in (one, data_mesh(8)):
     state = jax.device_put(start, replicated(mesh))
     step = jax.jit(make_train_step(model, config, mesh))
@@ -248,10 +248,11 @@ def test_several_devices_of_a_cpu_take_one_step_at_a_time(
 
 
 def test_options_for_gpus_are_for_gpus_alone_and_are_such_as_xla_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiler_options() == {}
+    assert compiler_options(1) == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    options = compiler_options()
+    large, options = compiler_options(2**25), compiler_options(2**21)
     monkeypatch.undo()
+    assert options.items() - large.items() == {("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT")}
     assert options["xla_gpu_autotune_level"] == 0, "or a run could go on with other roundings"
     for given in ({}, {"xla_gpu_there_is_no_such_option": 1}):
         lowered = jax.jit(lambda x: x + 1).lower(1.0)
