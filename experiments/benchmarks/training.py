@@ -27,11 +27,16 @@ from jaxlm.parallel import peak_flops
 from jaxlm.runs import console
 from jaxlm.tokenizers.base import InputError
 
-CPU: dict[str, Any] = {"compute_type": "float32", "dropout": 0.0, "tied_head": False, "at_once": 1, "timed": 1}
+CPU: dict[str, Any] = {
+    "compute_type": "float32", "attention": None, "dropout": 0.0, "tied_head": False, "at_once": 1, "timed": 1,
+}  # fmt: skip
 GPU = {**CPU, "compute_type": "bfloat16", "at_once": 10, "timed": 50}  # whose steps are too short to wait for each
 SEED = {"vocab_size": 98, "width": 128, "layers": 2, "heads": 4}
 LARGER = {"vocab_size": 98, "width": 384, "layers": 6, "heads": 6}
-GPT2 = {"vocab_size": 50_304, "width": 768, "layers": 12, "heads": 12, "tied_head": True}
+GPT2 = {
+    **GPU, "vocab_size": 50_304, "width": 768, "layers": 12, "heads": 12, "tied_head": True, "batch_size": 32,
+    "context": 1_024, "at_once": 1, "timed": 10,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
         "seed model, 64 x 256": {**CPU, **SEED, "batch_size": 64, "context": 256},
@@ -44,7 +49,8 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "seed model, 64 x 256": {**GPU, **SEED, "batch_size": 64, "context": 256},
         "the same, dropout 0.2": {**GPU, **SEED, "batch_size": 64, "context": 256, "dropout": 0.2},
         "10.7 M, 64 x 256": {**GPU, **LARGER, "batch_size": 64, "context": 256},
-        "GPT-2 124 M, 32 x 1,024": {**GPU, **GPT2, "batch_size": 32, "context": 1_024, "at_once": 1, "timed": 10},
+        "GPT-2 124 M, 32 x 1,024": GPT2,
+        "the same, attention by cudnn": {**GPT2, "attention": "cudnn"},
     },
 }
 

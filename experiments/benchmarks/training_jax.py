@@ -49,7 +49,9 @@ def main() -> None:
         dropout=config["dropout"],
         tied_head=config["tied_head"],
     )
-    training = TrainConfig(batch_size=config["batch_size"], compute_type=config["compute_type"])
+    training = TrainConfig(
+        batch_size=config["batch_size"], compute_type=config["compute_type"], attention=config["attention"]
+    )
     if plain:
         parts: Any = jaxlm.model
         parts.causal_attention = partial(causal_attention, implementation="reference")
