@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.dropout import keep_mask, row_seeds, weight_index
+from jaxlm.parallel import has_triton
 from jaxlm.tokenizers.base import InputError
 
 Implementation = Literal["reference", "blocks", "numba", "cudnn", "triton"]
@@ -66,7 +67,7 @@ def causal_attention(
 
 
 def default_implementation(dtype: Any, head_width: int) -> Implementation:
-    """numba on a CPU, triton on a GPU, and blocks where they can't be.
+    """numba on a CPU, triton on a GPU (of compute capability 8 or more), and blocks where they can't be.
 
     numba computes in float32, and needs its compiler (NUMBA_DISABLE_JIT turns it off). For triton the block of a head
     wider than 128 doesn't fit into a multiprocessor. cudnn isn't taken by itself, as its gradients differ from run to
@@ -74,7 +75,7 @@ def default_implementation(dtype: Any, head_width: int) -> Implementation:
     """
     if jax.default_backend() == "cpu":
         return "numba" if has_numba() and jnp.dtype(dtype).itemsize <= 4 else "blocks"
-    return "triton" if jax.default_backend() == "gpu" and head_width <= _WIDEST else "blocks"
+    return "triton" if has_triton() and head_width <= _WIDEST else "blocks"
 
 
 def has_numba() -> bool:
@@ -120,6 +121,10 @@ def check_implementation(implementation: Implementation | None, dtype: Any, drop
     if implementation in ("cudnn", "triton") and jax.default_backend() != "gpu":
         raise InputError(
             f"{implementation} attention needs a GPU, and JAX runs on {jax.default_backend()} here; leave it out."
+        )
+    if implementation == "triton" and not has_triton():
+        raise InputError(
+            f"triton attention needs compute capability 8, and {jax.devices()[0].device_kind} has less; leave it out."
         )
     if implementation == "numba":
         if jax.default_backend() != "cpu":

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from jaxlm.data.shards import TokenStream
 from jaxlm.model import ModelConfig, Params, forward
-from jaxlm.parallel import compiler_options, divided, sharding_beside
+from jaxlm.parallel import compiler_options, divided, has_triton, sharding_beside
 from jaxlm.tokenizers.base import InputError
 
 WINDOWS_AT_ONCE = 32
-_MANY_IDS = 4_096  # for which the logits of a row fill a kernel
+_MANY_IDS = 4_096  # for which the logits of a row fill the threads of a kernel
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ token_nats.defvjp(_token_nats_forward, _token_nats_backward)
 
 def mean_nats(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """The mean of `token_nats`; for many ids on a GPU in a kernel that puts the gradient in the place of the logits."""
-    if jax.default_backend() != "gpu" or logits_BTV.shape[-1] < _MANY_IDS:
+    if not has_triton() or logits_BTV.shape[-1] < _MANY_IDS:
         return token_nats(logits_BTV.astype(jnp.float32), targets_BT).mean()
     return _mean_nats(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1))
 

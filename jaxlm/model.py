@@ -21,6 +21,7 @@ import numpy as np
 from jaxlm.attention import Implementation, causal_attention, has_numba
 from jaxlm.dropout import dropout
 from jaxlm.norms import Norm
+from jaxlm.parallel import has_triton
 from jaxlm.tokenizers.base import InputError, check_types, shown
 
 Params = Any
@@ -238,7 +239,7 @@ class Block(nn.Module):
         config = self.config
         num_kv_heads, head_width = config.num_kv_heads or config.num_heads, config.width // config.num_heads
         # A product can add its result to another, but XLA doesn't see it in the sum of three gradients of h.
-        also_h_ND = h_ND if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(h_ND)
+        also_h_ND = jax.lax.optimization_barrier(h_ND) if jax.default_backend() == "gpu" else h_ND
         q_BTHK, k_BTGK, v_BTGK = (
             _linear(config, heads * head_width, name, biases=False)(x_ND).reshape(self.batch, -1, heads, head_width)
             for name, heads, x_ND in (
@@ -313,8 +314,10 @@ def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     Otherwise the transpose of a kernel that is higher than wide is laid out first there. That takes a moment, and the
     gradient of what is wide takes XLA 40 % less time than that of what is high.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() == "gpu":
         return _split_product(x_NI, kernel_IO)
+    if jax.default_backend() != "cpu":
+        return x_NI @ kernel_IO
     if has_numba():
         from jaxlm.products_numba import fits, product  # numba takes its time to import
 
@@ -403,7 +406,7 @@ def _rows_backward(saved: tuple[jax.Array, jax.Array], d_rows_BTD: jax.Array) ->
     if len(table_VD) <= _FEW_IDS:
         one_hot_BTV = jax.nn.one_hot(tokens_BT, len(table_VD), dtype=d_rows_BTD.dtype)
         d_table_VD = jnp.einsum("btv,btd->vd", one_hot_BTV, d_rows_BTD, preferred_element_type=jnp.float32)
-    elif jax.default_backend() == "gpu":
+    elif has_triton():
         from jaxlm.rows_triton import sums_by_token  # pallas takes its time to import
 
         d_table_VD = sums_by_token(tokens_BT.reshape(-1), d_rows_BTD.reshape(-1, table_VD.shape[1]), len(table_VD))

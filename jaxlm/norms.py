@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel import has_triton
+
 _WIDEST = 16_384  # rows that a kernel takes
 
 
@@ -43,7 +45,7 @@ def _normalize(
 
 
 def _in_kernels(x_ND: jax.Array) -> bool:
-    return jax.default_backend() == "gpu" and x_ND.shape[1] <= _WIDEST
+    return has_triton() and x_ND.shape[1] <= _WIDEST
 
 
 def _forward(

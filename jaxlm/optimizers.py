@@ -130,7 +130,8 @@ def tree_norm(tree: Any) -> jax.Array:
     As `optax.tree.norm`, but for the order: of each row first, and then of all rows together, which saves a GPU a
     kernel for each leaf.
     """
-    rows = [jnp.square(leaf).sum(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(tree)]
+    leaves = [jnp.atleast_1d(leaf) for leaf in jax.tree.leaves(tree)]
+    rows = [jnp.square(leaf).sum(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
     together = jax.lax.optimization_barrier(jnp.concatenate(rows))  # or XLA would add each leaf up alone
     return jnp.sqrt(together.sum())
 

@@ -107,12 +107,23 @@ def memory_bytes() -> int:
     return limit * jax.device_count() if limit else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def compute_capability() -> float | None:
+    """Of an NVIDIA GPU; None for all other devices."""
+    try:
+        return float(jax.devices()[0].compute_capability)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def has_triton() -> bool:
+    """Whether our kernels for GPUs run here, which takes compute capability 8."""
+    return jax.default_backend() == "gpu" and (compute_capability() or 8) >= 8
+
+
 def check_compute_type(compute_type: str) -> None:
     """Raises InputError for bfloat16 on a GPU that has none (it came with compute capability 8)."""
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if compute_type == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8:
-        raise InputError(f"{device.device_kind} has no bfloat16; make the compute type float32.")
+    if compute_type == "bfloat16" and (compute_capability() or 8) < 8:
+        raise InputError(f"{jax.devices()[0].device_kind} has no bfloat16; make the compute type float32.")
 
 
 def data_mesh(batch_size: int) -> Mesh:

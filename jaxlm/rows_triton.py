@@ -1,6 +1,7 @@
 """Triton kernels over the rows of a matrix, for GPUs: norms, the loss, and the gradient of a look-up.
 
-Each reads what it needs once and writes what it gives once, where XLA makes several kernels that read the same again.
+Each takes from memory what it needs, and writes what it gives, once, where XLA makes several kernels that read the same
+again.
 Sums are in float32 and in the same order each time, so that results are the same to the bit.
 
 Shapes: N rows, D width, V vocabulary; in a kernel R rows and C columns of a block, E eight neighbours, P programs.
@@ -17,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Measured on an H200. Of norms: numbers of a block, warps of a program forward and backward, programs backward.
-_BLOCK, _FORWARD_WARPS, _BACKWARD_WARPS, _PROGRAMS = 1_024, 2, 4, 792
+# Measured on an H200 for a width of 768. Of norms: numbers of a block, those of a warp forward and backward, programs
+# backward.
+_BLOCK, _FORWARD, _BACKWARD, _PROGRAMS = 1_024, 512, 256, 792
 _LOGITS, _LOGITS_WARPS = 8_192, 16  # of a row, taken together, and the warps of its program
 _SAME, _COLUMNS = 8, 256  # rows of one token, and numbers of each, taken together
 _LOG2_E, _LOWEST = math.log2(math.e), -1e30
@@ -50,7 +52,7 @@ def normalize(
         kernel,
         grid=(_num_blocks(x_ND.shape),),
         out_shape=(jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), None if bias_D is None else of_rows, of_rows),
-        compiler_params=triton.CompilerParams(num_warps=_FORWARD_WARPS),
+        compiler_params=triton.CompilerParams(num_warps=_warps(x_ND.shape, _FORWARD)),
         name="norm_forward",
     )(x_ND, scale_D, bias_D)
     return y_ND, mean_N, inverse_N
@@ -106,7 +108,7 @@ def normalize_backward(
         kernel,
         grid=(programs,),
         out_shape=(jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), of_columns * (1 if mean_N is None else 2)),
-        compiler_params=triton.CompilerParams(num_warps=_BACKWARD_WARPS),
+        compiler_params=triton.CompilerParams(num_warps=_warps(x_ND.shape, _BACKWARD)),
         name="norm_backward",
     )(x_ND, mean_N, inverse_N, scale_D, d_x_ND, d_y_ND)
     d_scale_D, *d_bias_D = (sum_PD.sum(axis=0).astype(scale_D.dtype) for sum_PD in sums_PD)
@@ -116,6 +118,10 @@ def normalize_backward(
 def _block_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     columns = pl.next_power_of_2(shape[1])
     return max(1, _BLOCK // columns), columns
+
+
+def _warps(shape: tuple[int, ...], of_warp: int) -> int:
+    return min(32, max(1, math.prod(_block_shape(shape)) // of_warp))
 
 
 def _num_blocks(shape: tuple[int, ...]) -> int:
@@ -161,7 +167,8 @@ def nats_and_gradient(logits_NV: jax.Array, targets_N: jax.Array) -> tuple[jax.A
 
     def kernel(logits_ref: Any, target_ref: Any, nats_ref: Any, d_ref: Any) -> None:
         target = target_ref[...]
-        chosen = logits_ref[target].astype(jnp.float32)
+        known = (target >= 0) & (target < width)
+        chosen = triton.load(logits_ref.at[target], mask=known, other=jnp.nan).astype(jnp.float32)
 
         def bits(turn: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
             """Columns of a turn, eight for each thread; which of them there are (None: all); their logits in bits."""

@@ -21,6 +21,7 @@ from jaxlm.optimizers import (
     learning_rate_schedule,
     make_optimizer,
     orthogonalize,
+    tree_norm,
 )
 from jaxlm.tokenizers.base import InputError
 
@@ -365,3 +366,10 @@ def test_a_config_checks_itself(field: str, values: tuple[float, ...], words: st
         message = str(caught.value)
         assert words in message
         assert message.endswith(f"not {value}.")
+
+
+def test_the_norm_of_a_tree_is_that_of_optax() -> None:
+    random = np.random.default_rng(0)
+    tree = {str(ndim): jnp.asarray(random.normal(size=(3, 5, 2)[:ndim]), jnp.float32) for ndim in range(4)}
+    np.testing.assert_allclose(tree_norm(tree), optax.tree.norm(tree), rtol=1e-6)
+    assert jnp.isnan(tree_norm({**tree, "2": tree["2"].at[1, 2].set(jnp.nan)}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,8 +14,11 @@ import numpy.typing as npt
 import pytest
 
 from jaxlm import evaluation, model, rows_triton
+from jaxlm.attention import check_implementation, default_implementation
 from jaxlm.model import ModelConfig, init
+from jaxlm.parallel import check_compute_type, has_triton
 from jaxlm.rows_triton import nats_and_gradient, normalize, normalize_backward, sums_by_token
+from jaxlm.tokenizers.base import InputError
 from jaxlm.training import loss_function
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -81,6 +85,23 @@ def test_the_loss(width: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> No
     close(gradient, expected_gradient, dtype, most=1.0 if dtype == "float32" else 1.0 / 7)  # exponents are rounded
 
 
+def test_the_loss_of_an_unknown_target_is_not_a_number() -> None:
+    nats, _ = nats_and_gradient(jnp.zeros((3, 5)), jnp.array([4, 5, -1]))
+    np.testing.assert_allclose(nats, [np.log(5), np.nan, np.nan], rtol=1e-6)
+
+
+def test_the_mean_loss_takes_the_gradient_of_what_it_is_used_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_MANY_IDS", 8)
+    random = np.random.default_rng(2)
+    logits = jnp.asarray(random.normal(size=(2, 3, 11)), jnp.float32)
+    targets = jnp.asarray(random.integers(11, size=(2, 3)), jnp.int32)
+    found = {}
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        found[backend] = jax.value_and_grad(lambda logits: evaluation.mean_nats(logits, targets) ** 2)(logits)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found["gpu"], found["cpu"])
+
+
 def test_the_loss_of_large_logits_is_finite_and_of_none_is_none() -> None:
     logits = jnp.array([[1e4, 0.0, -1e4], [0.0, 1e4, 0.0], [-jnp.inf, 0.0, -jnp.inf], [jnp.nan, 0.0, 0.0]])
     nats, gradient = nats_and_gradient(logits, jnp.array([1, 1, 1, 1]))
@@ -99,14 +120,15 @@ def test_sums_by_token(count: int, width: int, vocab_size: int, dtype: str) -> N
     close(sums_by_token(jnp.asarray(tokens, jnp.int32), rows, vocab_size), expected, dtype, most=sizes.max())
 
 
-def test_several_runs_go_through_them_at_once() -> None:
+@pytest.mark.parametrize("shift", [True, False])
+def test_several_runs_go_through_them_at_once(shift: bool) -> None:
     random = np.random.default_rng(0)
     x, d_x, d_y = (jnp.asarray(random.normal(size=(3, 10, 12)), jnp.float32) for _ in range(3))
     scale, bias = jnp.asarray(random.normal(size=(2, 3, 12)), jnp.float32)
     tokens = jnp.asarray(random.integers(5, size=(3, 10)), jnp.int32)
 
     def all_of_them(x: Any, d_x: Any, d_y: Any, scale: Any, bias: Any, tokens: Any) -> Any:
-        y, mean, inverse = normalize(x, scale, bias, 1e-5)
+        y, mean, inverse = normalize(x, scale, bias if shift else None, 1e-5)
         backward = normalize_backward(x, mean, inverse, scale, d_x, d_y)
         return y, backward, nats_and_gradient(x, tokens), sums_by_token(tokens, x, 5)
 
@@ -130,3 +152,41 @@ def test_a_model_has_the_gradients_of_a_cpu(tied: bool, monkeypatch: pytest.Monk
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         found[backend] = jax.value_and_grad(partial(loss_function, config))(params, batch, key)
     jax.tree.map(partial(np.testing.assert_allclose, atol=3e-6), found["gpu"], found["cpu"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "parts"), [(96, 8), (7, 1), (20, 4)])
+def test_the_gradient_of_a_kernel_in_parts(rows: int, parts: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_ROWS_OF_PART", 5)
+    monkeypatch.setattr(model, "_MULTIPROCESSORS", 8)
+    random = np.random.default_rng(rows)
+    x, kernel, d = (jnp.asarray(random.normal(size=shape), dtype) for shape in ((rows, 6), (6, 9), (rows, 9)))
+    y, pull_back = jax.vjp(model._split_product, x, kernel)
+    text = str(jax.make_jaxpr(lambda d: pull_back(d))(d))
+    assert (f"[{parts},6,9]" in text) == (parts > 1)
+    d_x, d_kernel = pull_back(d)
+    x, kernel, d = (np.asarray(each, np.float64) for each in (x, kernel, d))
+    close(y, x @ kernel, dtype)
+    close(d_x, d @ kernel.T, dtype)
+    close(d_kernel, x.T @ d, dtype)
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "expected"),
+    [("gpu", "9.0", True), ("gpu", "8.0", True), ("gpu", "7.5", False), ("gpu", "gfx942", True), ("cpu", None, False)],
+)
+def test_old_gpus_do_without_them(
+    backend: str, capability: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(device_kind="Tesla", **({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert has_triton() == expected
+    assert (default_implementation("float32", 64) == "triton") == expected
+    if backend == "gpu" and not expected:
+        with pytest.raises(InputError, match="Tesla has no bfloat16; make the compute type float32"):
+            check_compute_type("bfloat16")
+        with pytest.raises(InputError, match="needs compute capability 8, and Tesla has less; leave it out"):
+            check_implementation("triton", "float32", 0.0)
+    else:
+        check_compute_type("bfloat16")

@@ -13,7 +13,6 @@ import json
 import resource
 import sys
 import time
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlm.model
-from jaxlm.attention import causal_attention
 from jaxlm.model import ModelConfig, count_parameters, flops_per_token
 from jaxlm.parallel import batch_sharding, compiler_options, data_mesh, peak_flops, replicated, stacked, use_cores
 from jaxlm.training import TrainConfig, init_state, make_train_step, several_steps
@@ -50,11 +48,12 @@ def main() -> None:
         tied_head=config["tied_head"],
     )
     training = TrainConfig(
-        batch_size=config["batch_size"], compute_type=config["compute_type"], attention=config["attention"]
+        batch_size=config["batch_size"],
+        compute_type=config["compute_type"],
+        attention="reference" if plain else config["attention"],
     )
     if plain:
         parts: Any = jaxlm.model
-        parts.causal_attention = partial(causal_attention, implementation="reference")
         parts._norm = lambda _, name: PlainNorm(epsilon=1e-5, use_fast_variance=False, name=name)
         parts._ACTIVATIONS["relu"] = nn.relu
         parts._product, parts._add_to_rows = jnp.matmul, jnp.add
