@@ -57,7 +57,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 # modules that other tests go through as well.
 UNTRACED = (
     "test_attention", "test_bpe_engine", "test_bpe_split", "test_dropout", "test_measures", "test_model",
-    "test_moved_runs", "test_parallel", "test_rows_triton", "test_statistics", "test_training",
+    "test_moved_runs", "test_parallel", "test_statistics", "test_training",
 )  # fmt: skip
 
 

@@ -32,10 +32,11 @@ def close(found: Any, expected: Any, dtype: str, *, most: float | None = None) -
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=rounding)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (37, 64), (70, 100), (3, 700)])
-def test_norms(rows: int, width: int, shift: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"), [(1, 1, "float32"), (37, 64, "bfloat16"), (70, 100, "float32"), (3, 700, "bfloat16")]
+)
+def test_norms(rows: int, width: int, dtype: str, shift: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_triton, "_BLOCK", 256)  # several turns for a program, and rows wider than a block
     monkeypatch.setattr(rows_triton, "_PROGRAMS", 3)
     random = np.random.default_rng(rows)
@@ -72,8 +73,9 @@ def nats_by_hand(logits: Array, targets: npt.NDArray[np.int64]) -> tuple[Array, 
     return nats, gradient / len(logits)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("width", [1, 8, 31, 32, 33, 96])
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(1, "float32"), (8, "bfloat16"), (31, "float32"), (33, "bfloat16"), (64, "float32")]
+)
 def test_the_loss(width: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_triton, "_LOGITS", 32)
     random = np.random.default_rng(width)
@@ -109,8 +111,10 @@ def test_the_loss_of_large_logits_is_finite_and_of_none_is_none() -> None:
     np.testing.assert_array_equal(gradient[:3], [[0.25, -0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("count", "width", "vocab_size"), [(1, 1, 1), (40, 5, 7), (50, 600, 20), (33, 64, 1)])
+@pytest.mark.parametrize(
+    ("count", "width", "vocab_size", "dtype"),
+    [(1, 1, 1, "float32"), (40, 5, 7, "bfloat16"), (50, 600, 20, "float32"), (33, 64, 1, "bfloat16")],
+)
 def test_sums_by_token(count: int, width: int, vocab_size: int, dtype: str) -> None:
     random = np.random.default_rng(count)
     tokens, rows = random.integers(vocab_size, size=count), jnp.asarray(random.normal(size=(count, width)), dtype)
@@ -154,8 +158,7 @@ def test_a_model_has_the_gradients_of_a_cpu(tied: bool, monkeypatch: pytest.Monk
     jax.tree.map(partial(np.testing.assert_allclose, atol=3e-6), found["gpu"], found["cpu"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "parts"), [(96, 8), (7, 1), (20, 4)])
+@pytest.mark.parametrize(("rows", "parts", "dtype"), [(96, 8, "bfloat16"), (7, 1, "float32"), (20, 4, "float32")])
 def test_the_gradient_of_a_kernel_in_parts(rows: int, parts: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "_ROWS_OF_PART", 5)
     monkeypatch.setattr(model, "_MULTIPROCESSORS", 8)
