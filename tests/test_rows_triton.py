@@ -142,6 +142,9 @@ def test_several_runs_go_through_them_at_once(shift: bool) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), together, alone)
 
 
+KERNELS = ("norm_forward", "norm_backward", "nats_and_gradient", "sums_by_token", "keys_backward", "queries_backward")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_has_the_gradients_of_a_cpu(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that is different on a GPU: attention, norms, the loss, look-ups, and products in parts."""
@@ -154,7 +157,11 @@ def test_a_model_has_the_gradients_of_a_cpu(tied: bool, monkeypatch: pytest.Monk
     found = {}
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        found[backend] = jax.jit(jax.value_and_grad(partial(loss_function, config)))(params, batch, key)
+        step = jax.value_and_grad(partial(loss_function, config))
+        program = str(jax.make_jaxpr(step)(params, batch, key))
+        for kernel in KERNELS:
+            assert (kernel in program) == (backend == "gpu"), kernel
+        found[backend] = jax.jit(step)(params, batch, key)
     jax.tree.map(partial(np.testing.assert_allclose, atol=3e-6), found["gpu"], found["cpu"])
 
 
