@@ -104,7 +104,7 @@ class ModelConfig:
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters: weights from N(0, 0.02), or as `zero_outputs` says; biases zero, gains one."""
-    return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return Decoder(config).lazy_init(key, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
 
 
 @functools.cache
