@@ -38,6 +38,7 @@ def causal_attention(
     dropout_rate: float = 0.0,
     dropout_keys_B: jax.Array | None = None,
     implementation: Implementation | None = None,
+    rounded: bool = False,
 ) -> jax.Array:
     """softmax(scale q k^T) v, each position looking at itself and at those before it. Returns (B, T, H, K).
 
@@ -47,6 +48,7 @@ def causal_attention(
       documents_BT: int, the document of each position; none looks into another one.
       dropout_rate, dropout_keys_B: dropout on the attention weights, where there is a random key for each sequence.
       implementation: one of IMPLEMENTATIONS; None takes what `default_implementation` says.
+      rounded: whether numba's rounds the factors of products to bfloat16, on a CPU for which `has_pairs`.
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dropout_rate = dropout_rate if dropout_keys_B is not None else 0.0
@@ -62,7 +64,9 @@ def causal_attention(
     if implementation == "triton":
         from jaxlm.attention_triton import attention_triton as attend  # pallas takes its time to import
     if implementation == "numba":
-        from jaxlm.attention_numba import attention_numba as attend  # and so does numba
+        from jaxlm.attention_numba import attention_numba  # and so does numba
+
+        attend = partial(attention_numba, rounded=rounded)
     return attend(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT, dropout_rate, seeds_BH)
 
 
@@ -83,6 +87,15 @@ def has_numba() -> bool:
     from jaxlm.machine_code import COMPILED  # numba takes its time to import
 
     return COMPILED
+
+
+def has_pairs() -> bool:
+    """Whether kernels for this CPU multiply bfloat16, two products at a time, in half of the time of float32."""
+    if jax.default_backend() != "cpu" or not has_numba():
+        return False
+    from jaxlm.lanes import HAS_PAIRS
+
+    return HAS_PAIRS
 
 
 def _fits_cudnn(time: int, head_width: int) -> bool:

@@ -5,10 +5,15 @@ sums and maxima over keys are those of whole vectors. Two matrices are multiplie
 which stay in registers. Nothing is stored but the results, and, for the backward pass, two numbers for each query.
 
 A device takes its batch on one core: all of them are busy where there is a device for each.
+
+Factors of products are float32, or pairs of bfloat16 whose products are added: neighbours in a row, or of two rows
+("across"). Of the arguments `numbers` and `pairs`, both the working memory, the one of the other kind is None, by which
+numba leaves out what isn't needed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any
@@ -33,8 +38,18 @@ from jaxlm.lanes import (
     where,
 )
 from jaxlm.machine_code import expanded, kernel
-from jaxlm.products_numba import ROWS, store_two, strip_product
-from jaxlm.xla_calls import dimension, integer, is_question, number, operand, operand_of_uints, register, result
+from jaxlm.products_numba import ROWS, round_to_pairs, store_two, strip_product
+from jaxlm.xla_calls import (
+    dimension,
+    integer,
+    is_question,
+    number,
+    operand,
+    operand_of_uints,
+    register,
+    result,
+    result_of_uints,
+)
 
 _BLOCK = 2 * LANES  # queries, and keys in the backward pass
 _KEYS = 4 * _BLOCK  # keys at once in the forward pass: with their scores they fit into the first cache
@@ -52,8 +67,12 @@ def attention_numba(
     documents_BT: jax.Array | None = None,
     dropout_rate: float = 0.0,
     seeds_BH: jax.Array | None = None,
+    rounded: bool = False,
 ) -> jax.Array:
     """As `attention.attention_reference`, computed in float32. On CPUs alone; it can be differentiated once.
+
+    Args:
+      rounded: whether factors are rounded to bfloat16, in the gradients too, for processors with `HAS_PAIRS`.
 
     Raises:
       ValueError: shapes that don't belong together.
@@ -71,7 +90,7 @@ def attention_numba(
         seeds_BH, dropout_rate = jnp.zeros((0, 0), jnp.uint32), 0.0
     elif seeds_BH.shape != (batch, heads):
         raise ValueError(f"Seeds of shape {seeds_BH.shape} aren't one for each of {batch} x {heads} heads.")
-    settings = scale, time if window is None else min(window, time), dropout_rate
+    settings = scale, time if window is None else min(window, time), dropout_rate, rounded
     q, k, v = (x.astype(jnp.float32) for x in (q_BTHK, k_BTGK, v_BTGK))
     return _attend(settings, q, k, v, documents_BT, seeds_BH).astype(v_BTGK.dtype)
 
@@ -88,9 +107,11 @@ def _attend(settings: Any, *inputs: jax.Array) -> jax.Array:
 
 def _call(name: str, settings: Any, results: list[Any], scratch_size: int, *operands: jax.Array) -> Any:
     """A kernel, which has its working memory from XLA as another result."""
-    scale, window, rate = settings
+    scale, window, rate, rounded = settings
+    if rounded:
+        _register_rounded()
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [*results, (scratch_size,)]]
-    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+    call = jax.ffi.ffi_call(f"{name}_rounded" if rounded else name, results, vmap_method="sequential")
     attributes = {
         "growth": np.float32(1.0 / (1.0 - rate)),  # of weights that dropout keeps
         "scale": np.float32(scale),
@@ -114,7 +135,7 @@ def _attend_forward(settings: Any, q: jax.Array, k: jax.Array, v: jax.Array, doc
 def _attend_backward(settings: Any, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
     q, k, v, *_ = saved
     length, width = _padded(q.shape[1]), _padded(q.shape[3])
-    scratch = 4 * length * width + 6 * _BLOCK * width + 2 * _BLOCK * _BLOCK + _BLOCK * LANES + _BLOCK
+    scratch = 5 * length * width + 7 * _BLOCK * width + 4 * _BLOCK * _BLOCK + _BLOCK * LANES + _BLOCK
     gradients = _call("jaxlm_attention_backward", settings, [q.shape, k.shape, v.shape], scratch, *saved, d_out)
     return *gradients, None, None
 
@@ -151,6 +172,13 @@ def _transpose(source, rows, columns, target):
             transpose(source, row * columns + column, columns, target, column * rows + row, rows)
 
 
+@kernel
+def _round_and_transpose(rows, pairs, width, columns):
+    """A block of rows as columns of pairs."""
+    round_to_pairs(rows, pairs, _BLOCK, width, False)
+    _transpose(pairs, _BLOCK, width // 2, columns)
+
+
 @expanded
 def _hide(scores, keys, query, key, window, documents, documents_at):
     """Sets the scores of those keys to _NEVER that a query may not see. `query`, `key`: the first ones."""
@@ -183,15 +211,19 @@ def _is_kept(seed, query, key, limit):
 @kernel
 def _forward(
     q, k, v, documents, seeds, out, highest, sums, scratch, batch, time, heads, groups, head_width, scale, window,
-    limit, growth,
+    limit, growth, numbers, pairs,
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
     depth = -(-head_width // ROWS) * ROWS
-    size = length * width
-    keys, values = scratch[:size], scratch[size : 2 * size]
-    rows = scratch[2 * size : 2 * size + _BLOCK * width]
-    columns = scratch[2 * size + _BLOCK * width : 2 * size + 2 * _BLOCK * width]
-    scores = scratch[2 * size + 2 * _BLOCK * width :]
+    size, block = length * width, _BLOCK * width
+    rest = scratch[2 * size :]
+    rows, turned, scores = rest[:block], rest[block : 2 * block], rest[2 * block :]
+    if numbers is not None:
+        each, columns, weights = 1, turned, scores
+        keys, values = scratch[:size], scratch[size : 2 * size]
+    if pairs is not None:
+        each, columns, weights = 2, pairs[2 * size + block :], pairs[2 * size + 2 * block :]
+        keys, values = pairs[size : size + size // 2], pairs[size + size // 2 : 2 * size]
     _clear(scratch)
     factor = floats(np.float32(_LOG2_E))
     kept = floats(growth)
@@ -199,23 +231,33 @@ def _forward(
         for head in range(heads):
             group, sharing = head * groups // heads, heads // groups
             if head % sharing == 0:
-                start = (sequence * time * groups + group) * head_width
-                _copy_rows(k, start, groups * head_width, keys, 0, width, time, head_width, scale)
-                _copy_rows(v, start, groups * head_width, values, 0, width, time, head_width, _ONE)
+                start, stride = (sequence * time * groups + group) * head_width, groups * head_width
+                if numbers is not None:
+                    _copy_rows(k, start, stride, keys, 0, width, time, head_width, scale)
+                    _copy_rows(v, start, stride, values, 0, width, time, head_width, _ONE)
+                if pairs is not None:
+                    _copy_rows(k, start, stride, scratch, 0, width, time, head_width, scale)
+                    round_to_pairs(scratch, keys, length, width, False)
+                    _copy_rows(v, start, stride, scratch, 0, width, time, head_width, _ONE)
+                    round_to_pairs(scratch, values, length, width, True)
             row = sequence * heads + head
             for query in range(0, time, _BLOCK):
                 number = min(_BLOCK, time - query)
                 start = ((sequence * time + query) * heads + head) * head_width
                 _copy_rows(q, start, heads * head_width, rows, 0, width, number, head_width, _ONE)
-                _transpose(rows, _BLOCK, width, columns)
+                if numbers is not None:
+                    _transpose(rows, _BLOCK, width, columns)
+                if pairs is not None:
+                    _round_and_transpose(rows, weights, width, columns)
                 high0 = high1 = floats(_NEVER)
                 sum0 = sum1 = floats(_ZERO)
                 _clear(rows)
                 first = max(0, query - window + 1) // _BLOCK * _BLOCK
                 for key in range(first, query + _BLOCK, _KEYS):
                     count = min(_KEYS, query + _BLOCK - key)
+                    row_size, at = width // each, key * width // each
                     strip_product(
-                        scores, 0, _BLOCK, keys, key * width, width, 1, columns, 0, _BLOCK, count, depth, False
+                        scores, 0, _BLOCK, keys, at, row_size, 1, columns, 0, _BLOCK, count, depth // each, False
                     )  # fmt: skip
                     if key + count > query or query + _BLOCK - key > window or len(documents):
                         _hide(scores, count, query, key, window, documents, sequence * length)
@@ -239,11 +281,14 @@ def _forward(
                         store_two(scores, at, weight0, weight1)
                     for at in range(0, depth * _BLOCK, _BLOCK):
                         store_two(rows, at, load(rows, at) * less0, load(rows, at + LANES) * less1)
-                    strip_product(rows, 0, _BLOCK, values, key * width, 1, width, scores, 0, _BLOCK, depth, count, True)
+                    if pairs is not None:
+                        round_to_pairs(scores, weights, count, _BLOCK, True)
+                    at, steps = key // each * width, count // each
+                    strip_product(rows, 0, _BLOCK, values, at, 1, width, weights, 0, _BLOCK, depth, steps, True)
                 for at in range(0, depth * _BLOCK, _BLOCK):
                     store_two(rows, at, load(rows, at) / sum0, load(rows, at + LANES) / sum1)
-                _transpose(rows, width, _BLOCK, columns)
-                _copy_rows(columns, 0, width, out, start, heads * head_width, number, head_width, _ONE)
+                _transpose(rows, width, _BLOCK, turned)
+                _copy_rows(turned, 0, width, out, start, heads * head_width, number, head_width, _ONE)
                 _clear(rows)
                 at = row * length + query
                 store_two(highest, at, high0, high1)
@@ -253,30 +298,44 @@ def _forward(
 @kernel
 def _backward(
     q, k, v, documents, seeds, out, highest, sums, d_out, dq, dk, dv, scratch, batch, time, heads, groups, head_width,
-    scale, window, limit, growth,
+    scale, window, limit, growth, numbers, pairs,
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
     depth = -(-head_width // ROWS) * ROWS
     size, block = length * width, _BLOCK * width
-    keys, values = scratch[:size], scratch[size : 2 * size]
-    d_keys, d_values = scratch[2 * size : 3 * size], scratch[3 * size : 4 * size]
-    rest = scratch[4 * size :]
-    rows, columns = rest[:block], rest[block : 2 * block]
-    d_rows, d_columns = rest[2 * block : 3 * block], rest[3 * block : 4 * block]
-    dq_columns, out_rows = rest[4 * block : 5 * block], rest[5 * block : 6 * block]
-    rest = rest[6 * block :]
-    weights, d_scores = rest[: _BLOCK * _BLOCK], rest[_BLOCK * _BLOCK : 2 * _BLOCK * _BLOCK]
-    partial, dots = rest[2 * _BLOCK * _BLOCK : -_BLOCK], rest[-_BLOCK:]
+    d_keys, d_values, rest = scratch[3 * size : 4 * size], scratch[4 * size : 5 * size], scratch[5 * size :]
+    rows, d_rows, out_rows = rest[:block], rest[block : 2 * block], rest[2 * block : 3 * block]
+    dq_columns = rest[3 * block : 4 * block]
+    turned, rest = rest[4 * block :], rest[7 * block :]
+    weights, d_scores = rest, rest[_BLOCK * _BLOCK :]
+    partial, dots = rest[4 * _BLOCK * _BLOCK : -_BLOCK], rest[-_BLOCK:]
+    if numbers is not None:
+        each, keys, values, columns, d_columns = 1, scratch, scratch[size:], turned, turned[block:]
+        keys_across, rows_across, d_rows_across, d_scores_across = keys, rows, d_rows, d_scores
+        weights_along, d_scores_along = weights, d_scores
+    if pairs is not None:
+        each, half, square = 2, size // 2, _BLOCK * _BLOCK // 2
+        keys, keys_across, values, rest = pairs[size:], pairs[size + half :], pairs[2 * size :], pairs[5 * size :]
+        turned_pairs, columns, d_columns = rest[4 * block :], rest[5 * block :], rest[5 * block + block // 2 :]
+        rows_across, d_rows_across, rest = rest[6 * block :], rest[6 * block + block // 2 :], rest[7 * block :]
+        weights_along, d_scores_along, d_scores_across = rest[4 * square :], rest[5 * square :], rest[6 * square :]
     _clear(scratch)
     factor = floats(np.float32(_LOG2_E))
     kept = floats(growth)
     for sequence in range(batch):
         for head in range(heads):
             group, sharing = head * groups // heads, heads // groups
-            of_group = (sequence * time * groups + group) * head_width
+            of_group, group_stride = (sequence * time * groups + group) * head_width, groups * head_width
             if head % sharing == 0:
-                _copy_rows(k, of_group, groups * head_width, keys, 0, width, time, head_width, scale)
-                _copy_rows(v, of_group, groups * head_width, values, 0, width, time, head_width, _ONE)
+                if numbers is not None:
+                    _copy_rows(k, of_group, group_stride, keys, 0, width, time, head_width, scale)
+                    _copy_rows(v, of_group, group_stride, values, 0, width, time, head_width, _ONE)
+                if pairs is not None:
+                    _copy_rows(k, of_group, group_stride, scratch, 0, width, time, head_width, scale)
+                    round_to_pairs(scratch, keys, length, width, False)
+                    round_to_pairs(scratch, keys_across, length, width, True)
+                    _copy_rows(v, of_group, group_stride, scratch, 0, width, time, head_width, _ONE)
+                    round_to_pairs(scratch, values, length, width, False)
                 _clear(d_keys)
                 _clear(d_values)
             row = sequence * heads + head
@@ -289,8 +348,14 @@ def _backward(
                 _copy_rows(q, start, stride, rows, 0, width, number, head_width, _ONE)
                 _copy_rows(d_out, start, stride, d_rows, 0, width, number, head_width, _ONE)
                 _copy_rows(out, start, stride, out_rows, 0, width, number, head_width, _ONE)
-                _transpose(rows, _BLOCK, width, columns)
-                _transpose(d_rows, _BLOCK, width, d_columns)
+                if numbers is not None:
+                    _transpose(rows, _BLOCK, width, columns)
+                    _transpose(d_rows, _BLOCK, width, d_columns)
+                if pairs is not None:
+                    _round_and_transpose(rows, turned_pairs, width, columns)
+                    _round_and_transpose(d_rows, turned_pairs, width, d_columns)
+                    round_to_pairs(rows, rows_across, _BLOCK, width, True)
+                    round_to_pairs(d_rows, d_rows_across, _BLOCK, width, True)
                 _clear(dq_columns)
                 # What the gradient of a weight is measured against: the mean of them all by the weights, out d_out.
                 for r in range(_BLOCK):
@@ -311,11 +376,10 @@ def _backward(
                 share0, share1 = floats(_ONE) / load(sums, at), floats(_ONE) / load(sums, at + LANES)
                 first = max(0, query - window + 1) // _BLOCK * _BLOCK
                 for key in range(first, query + _BLOCK, _BLOCK):
+                    at, row_size, steps = key * width // each, width // each, depth // each
+                    strip_product(weights, 0, _BLOCK, keys, at, row_size, 1, columns, 0, _BLOCK, _BLOCK, steps, False)
                     strip_product(
-                        weights, 0, _BLOCK, keys, key * width, width, 1, columns, 0, _BLOCK, _BLOCK, depth, False
-                    )  # fmt: skip
-                    strip_product(
-                        d_scores, 0, _BLOCK, values, key * width, width, 1, d_columns, 0, _BLOCK, _BLOCK, depth, False
+                        d_scores, 0, _BLOCK, values, at, row_size, 1, d_columns, 0, _BLOCK, _BLOCK, steps, False
                     )  # fmt: skip
                     if key == query or query + _BLOCK - key > window or len(documents):
                         _hide(weights, _BLOCK, query, key, window, documents, sequence * length)
@@ -337,20 +401,29 @@ def _backward(
                             dropped0 * load(d_scores, at) - weight0 * dot0,
                             dropped1 * load(d_scores, at + LANES) - weight1 * dot1,
                         )
+                    if pairs is not None:
+                        round_to_pairs(weights, weights_along, _BLOCK, _BLOCK, False)
+                        round_to_pairs(d_scores, d_scores_along, _BLOCK, _BLOCK, False)
+                        round_to_pairs(d_scores, d_scores_across, _BLOCK, _BLOCK, True)
+                    at, row_size, steps = key // each * width, _BLOCK // each, _BLOCK // each
                     strip_product(
-                        dq_columns, 0, _BLOCK, keys, key * width, 1, width, d_scores, 0, _BLOCK, depth, _BLOCK, True
+                        dq_columns, 0, _BLOCK, keys_across, at, 1, width, d_scores_across, 0, _BLOCK, depth, steps, True
                     )  # fmt: skip
                     for c in range(0, width, _BLOCK):
                         at = key * width + c
-                        strip_product(d_keys, at, width, d_scores, 0, _BLOCK, 1, rows, c, width, _BLOCK, _BLOCK, True)
                         strip_product(
-                            d_values, at, width, weights, 0, _BLOCK, 1, d_rows, c, width, _BLOCK, _BLOCK, True
-                        )
-                _transpose(dq_columns, width, _BLOCK, columns)
-                _copy_rows(columns, 0, width, dq, start, stride, number, head_width, _ONE)
+                            d_keys, at, width, d_scores_along, 0, row_size, 1, rows_across, c, width, _BLOCK, steps,
+                            True,
+                        )  # fmt: skip
+                        strip_product(
+                            d_values, at, width, weights_along, 0, row_size, 1, d_rows_across, c, width, _BLOCK, steps,
+                            True,
+                        )  # fmt: skip
+                _transpose(dq_columns, width, _BLOCK, turned)
+                _copy_rows(turned, 0, width, dq, start, stride, number, head_width, _ONE)
             if (head + 1) % sharing == 0:
-                _copy_rows(d_keys, 0, width, dk, of_group, groups * head_width, time, head_width, scale)
-                _copy_rows(d_values, 0, width, dv, of_group, groups * head_width, time, head_width, _ONE)
+                _copy_rows(d_keys, 0, width, dk, of_group, group_stride, time, head_width, scale)
+                _copy_rows(d_values, 0, width, dv, of_group, group_stride, time, head_width, _ONE)
 
 
 # ---- as operations of XLA
@@ -369,27 +442,56 @@ def _settings(frame):
     return number(frame, 1), integer(frame, 3), integer(frame, 2), number(frame, 0)
 
 
-def _forward_handler(frame):
-    if is_question(frame):
-        return 0
+@expanded
+def _call_forward(frame, numbers, pairs):
     q, k, v = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     documents, seeds = operand_of_uints(frame, 3), operand_of_uints(frame, 4)
     out, highest, sums, scratch = result(frame, 0), result(frame, 1), result(frame, 2), result(frame, 3)
-    _forward(q, k, v, documents, seeds, out, highest, sums, scratch, *_shape(frame), *_settings(frame))
-    return 0
+    _forward(q, k, v, documents, seeds, out, highest, sums, scratch, *_shape(frame), *_settings(frame), numbers, pairs)
 
 
-def _backward_handler(frame):
-    if is_question(frame):
-        return 0
+@expanded
+def _call_backward(frame, numbers, pairs):
     q, k, v = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     documents, seeds = operand_of_uints(frame, 3), operand_of_uints(frame, 4)
     saved = operand(frame, 5), operand(frame, 6), operand(frame, 7)
     d_out, scratch = operand(frame, 8), result(frame, 3)
     gradients = result(frame, 0), result(frame, 1), result(frame, 2)
-    _backward(q, k, v, documents, seeds, *saved, d_out, *gradients, scratch, *_shape(frame), *_settings(frame))
+    _backward(
+        q, k, v, documents, seeds, *saved, d_out, *gradients, scratch, *_shape(frame), *_settings(frame), numbers, pairs
+    )
+
+
+def _forward_handler(frame):
+    if not is_question(frame):
+        _call_forward(frame, result(frame, 3), None)
+    return 0
+
+
+def _backward_handler(frame):
+    if not is_question(frame):
+        _call_backward(frame, result(frame, 3), None)
+    return 0
+
+
+def _rounded_forward_handler(frame):
+    if not is_question(frame):
+        _call_forward(frame, None, result_of_uints(frame, 3))
+    return 0
+
+
+def _rounded_backward_handler(frame):
+    if not is_question(frame):
+        _call_backward(frame, None, result_of_uints(frame, 3))
     return 0
 
 
 register("jaxlm_attention_forward", _forward_handler)
 register("jaxlm_attention_backward", _backward_handler)
+
+
+@functools.cache
+def _register_rounded() -> None:
+    """Compiled when they are first needed, as few processors have the instruction."""
+    register("jaxlm_attention_forward_rounded", _rounded_forward_handler)
+    register("jaxlm_attention_backward_rounded", _rounded_backward_handler)

@@ -21,6 +21,8 @@ from jaxlm.machine_code import expanded
 _features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
 LANES = 16 if "+avx512f" in _features else 8  # a register of AVX-512 or of AVX2; two of NEON's
 
+HAS_PAIRS = LANES == 16 and "+avx512bf16" in _features  # products of bfloat16, two at a time
+
 _ELEMENTS = {"float": ir.FloatType(), "uint": ir.IntType(32), "truth": ir.IntType(1)}
 _INDEX = ir.IntType(32)
 
@@ -147,14 +149,48 @@ def lane_numbers(_):
 
 @intrinsic
 def fma(_, a, b, c):
-    """a b + c, rounded once."""
+    """a b + c, rounded once. Integers are pairs of bfloat16, whose two products are added to c."""
 
     def generate(target, builder, signature, arguments):
+        a, b, c = arguments
+        if signature.args[0] == _UINTS:
+            kind = ir.FunctionType(_FLOATS.llvm, [_FLOATS.llvm, _PAIRS, _PAIRS])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+            return builder.call(function, [c, builder.bitcast(a, _PAIRS), builder.bitcast(b, _PAIRS)])
         kind = ir.FunctionType(_FLOATS.llvm, [_FLOATS.llvm] * 3)
         function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
         return builder.call(function, arguments)
 
-    return _FLOATS(_FLOATS, _FLOATS, _FLOATS), generate
+    return _FLOATS(a, a, _FLOATS), generate
+
+
+class _BFloat(ir.Type):
+    """bfloat16, which llvmlite has no type for."""
+
+    def _to_string(self):
+        return "bfloat"
+
+
+_BFLOAT = _BFloat()
+_PAIRS = ir.VectorType(_BFLOAT, 2 * LANES)
+
+
+def _pairs(lanes: list[int]) -> Any:
+    @intrinsic
+    def pairs(_, a, b):
+        def generate(target, builder, signature, arguments):
+            a, b = (builder.fptrunc(vector, ir.VectorType(_BFLOAT, LANES)) for vector in arguments)
+            order = ir.Constant(ir.VectorType(_INDEX, 2 * LANES), lanes)
+            return builder.bitcast(builder.shuffle_vector(a, b, order), _UINTS.llvm)
+
+        return _UINTS(_FLOATS, _FLOATS), generate
+
+    return pairs
+
+
+# Two vectors as pairs of bfloat16: of one lane in both, or of neighbours, all of the first vector and then the second.
+pairs_across = _pairs([lane // 2 + lane % 2 * LANES for lane in range(2 * LANES)])
+pairs_along = _pairs(list(range(2 * LANES)))
 
 
 @intrinsic

@@ -121,17 +121,19 @@ def forward(
     dropout_key: jax.Array | None = None,
     attention: Implementation | None = None,
     dtype: Any = jnp.float32,
+    rounded: bool = False,
 ) -> jax.Array:
     """Logits of the next token at each position: int (B, T) -> (B, T, V), for T up to `config.context`.
 
     Dropout is on if there is a key: a single one, or one for each sequence, whose masks then don't depend on the batch
     that it is in. Logits at position t depend on tokens up to t alone. `attention`: as for `causal_attention`. `dtype`:
-    of the logits; None is that of the parameters, in which they are computed.
+    of the logits; None is that of the parameters, in which they are computed. `rounded`: whether a CPU for which
+    `has_pairs` rounds the factors of products to bfloat16.
     """
     keys_B = dropout_key
     if dropout_key is not None and dropout_key.ndim == 0:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(len(tokens_BT)))
-    logits_NV: jax.Array = Decoder(config, attention).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
+    logits_NV: jax.Array = Decoder(config, attention, rounded).apply({"params": params}, tokens_BT, keys_B)  # type: ignore[assignment]
     return logits_NV.reshape(*tokens_BT.shape, config.vocab_size).astype(dtype or logits_NV.dtype)
 
 
@@ -178,6 +180,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     attention: Implementation | None = None
+    rounded: bool = False
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
@@ -206,9 +209,11 @@ class Decoder(nn.Module):
         if config.norm == "rms":
             x_ND = _rms(x_ND)
         for layer in range(config.num_layers):
-            x_ND = Block(config, batch, self.attention, name=f"block_{layer}")(x_ND, _fold_in(keys_B, layer))
+            x_ND = Block(config, self.attention, self.rounded, batch, name=f"block_{layer}")(
+                x_ND, _fold_in(keys_B, layer)
+            )
         _, x_ND = _norm(config, "final_norm")(x_ND)
-        head = tables[0].attend if config.tied_head else _linear(config, config.vocab_size, "head", is_output=True)
+        head = tables[0].attend if config.tied_head else _linear(self, config.vocab_size, "head", is_output=True)
         logits_NV = head(x_ND)
         return logits_NV if config.logit_cap is None else config.logit_cap * jnp.tanh(logits_NV / config.logit_cap)
 
@@ -217,23 +222,24 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: ModelConfig
-    batch: int
     attention: Implementation | None
+    rounded: bool
+    batch: int
 
     @nn.compact
     def __call__(self, x_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         config = self.config
         keys = [_fold_in(keys_B, place) for place in range(3)]
         x_ND, h_ND = _norm(config, "attention_norm")(x_ND)
-        h_ND = _linear(config, config.width, "attention_output", is_output=True)(self.attend(h_ND, keys[0]))
+        h_ND = _linear(self, config.width, "attention_output", is_output=True)(self.attend(h_ND, keys[0]))
         x_ND = x_ND + self.drop(h_ND, keys[1])
         x_ND, h_ND = _norm(config, "mlp_norm")(x_ND)
-        h_NF = _linear(config, config.feed_forward_width, "mlp_up")(h_ND)
+        h_NF = _linear(self, config.feed_forward_width, "mlp_up")(h_ND)
         if config.activation == "swiglu":
-            h_NF = h_NF * nn.silu(_linear(config, config.feed_forward_width, "mlp_gate")(h_ND))
+            h_NF = h_NF * nn.silu(_linear(self, config.feed_forward_width, "mlp_gate")(h_ND))
         else:
             h_NF = _ACTIVATIONS[config.activation](h_NF)
-        return x_ND + self.drop(_linear(config, config.width, "mlp_down", is_output=True)(h_NF), keys[2])
+        return x_ND + self.drop(_linear(self, config.width, "mlp_down", is_output=True)(h_NF), keys[2])
 
     def attend(self, h_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         config = self.config
@@ -241,7 +247,7 @@ class Block(nn.Module):
         # A product can add its result to another, but XLA doesn't see it in the sum of three gradients of h.
         also_h_ND = jax.lax.optimization_barrier(h_ND) if jax.default_backend() == "gpu" else h_ND
         q_BTHK, k_BTGK, v_BTGK = (
-            _linear(config, heads * head_width, name, biases=False)(x_ND).reshape(self.batch, -1, heads, head_width)
+            _linear(self, heads * head_width, name, biases=False)(x_ND).reshape(self.batch, -1, heads, head_width)
             for name, heads, x_ND in (
                 ("query", config.num_heads, h_ND),
                 ("key", num_kv_heads, also_h_ND),
@@ -260,6 +266,7 @@ class Block(nn.Module):
             dropout_rate=config.dropout,
             dropout_keys_B=keys_B,
             implementation=self.attention,
+            rounded=self.rounded,
         )
         return out_BTHK.reshape(h_ND.shape)
 
@@ -291,24 +298,27 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool
+    rounded: bool
     kernel_init: Callable[..., jax.Array]
 
     @nn.compact
     def __call__(self, x_NI: jax.Array) -> jax.Array:
-        y_NO = _product(x_NI, self.param("kernel", self.kernel_init, (x_NI.shape[1], self.features), jnp.float32))
+        kernel_IO = self.param("kernel", self.kernel_init, (x_NI.shape[1], self.features), jnp.float32)
+        y_NO = _product(x_NI, kernel_IO, self.rounded)
         if not self.use_bias:
             return y_NO
         return _add_to_rows(y_NO, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
 
 
-def _linear(config: ModelConfig, features: int, name: str, *, biases: bool = True, is_output: bool = False) -> Linear:
+def _linear(part: Decoder | Block, features: int, name: str, *, biases: bool = True, is_output: bool = False) -> Linear:
+    config = part.config
     kernel_init = nn.initializers.normal(0.02)
     if config.zero_outputs:
         kernel_init = nn.initializers.zeros if is_output else nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    return Linear(features, biases and config.biases, kernel_init, name=name)
+    return Linear(features, biases and config.biases, part.rounded, kernel_init, name=name)
 
 
-def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+def _product(x_NI: jax.Array, kernel_IO: jax.Array, rounded: bool) -> jax.Array:
     """x kernel. On a CPU in a kernel of ours, if it has one for it and there is a device for each core.
 
     Otherwise the transpose of a kernel that is higher than wide is laid out first there. That takes a moment, and the
@@ -322,7 +332,7 @@ def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
         from jaxlm.products_numba import fits, product  # numba takes its time to import
 
         if fits(x_NI, kernel_IO):
-            return product(x_NI, kernel_IO)
+            return product(x_NI, kernel_IO, rounded)
     if kernel_IO.shape[0] <= kernel_IO.shape[1]:
         return x_NI @ kernel_IO
     kernel_OI = jax.lax.optimization_barrier(kernel_IO.T)  # or XLA would see through it

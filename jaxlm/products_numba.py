@@ -1,21 +1,23 @@
 """Products of matrices on one core of a CPU, whose sums stay in its registers.
 
 XLA computes most of its products as fast, but the gradients of weights at half of the speed, on threads that other
-devices need.
+devices need. Rounded to bfloat16, the factors of two products go through one instruction, if the processor has it.
 """
 
 from __future__ import annotations
 
+import functools
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.lanes import LANES, floats, fma, load, load_one, store, transpose
+from jaxlm.lanes import LANES, floats, fma, load, load_one, pairs_across, pairs_along, store, transpose
 from jaxlm.machine_code import expanded, kernel
 from jaxlm.tokenizers.threads import num_cores
-from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result
+from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result, result_of_uints
 
 ROWS = 4  # of a strip that are summed together
 _STRIP = 2 * LANES  # columns
@@ -35,25 +37,42 @@ def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
     )
 
 
-@jax.custom_vjp
-def product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """x kernel, for what `fits`. It can be differentiated once."""
-    return _call(x_NI, kernel_IO)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x_NI: jax.Array, kernel_IO: jax.Array, rounded: bool = False) -> jax.Array:
+    """x kernel, for what `fits`. It can be differentiated once.
+
+    Args:
+      rounded: whether factors are rounded to bfloat16, in the gradients too, for processors with `HAS_PAIRS`. Sums are
+        float32.
+    """
+    return _call(rounded, x_NI, kernel_IO)
 
 
-def _product_backward(saved: tuple[jax.Array, jax.Array], d_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(
+    rounded: bool, saved: tuple[jax.Array, jax.Array], d_NO: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x_NI, kernel_IO = saved
-    return _call(d_NO, kernel_IO, second_turned=1), _call(x_NI, d_NO, first_turned=1)
+    return _call(rounded, d_NO, kernel_IO, second_turned=1), _call(rounded, x_NI, d_NO, first_turned=1)
 
 
-product.defvjp(lambda x_NI, kernel_IO: (product(x_NI, kernel_IO), (x_NI, kernel_IO)), _product_backward)
+product.defvjp(
+    lambda x_NI, kernel_IO, rounded: (product(x_NI, kernel_IO, rounded), (x_NI, kernel_IO)), _product_backward
+)
 
 
-def _call(a: jax.Array, b: jax.Array, first_turned: int = 0, second_turned: int = 0) -> jax.Array:
+def _call(rounded: bool, a: jax.Array, b: jax.Array, first_turned: int = 0, second_turned: int = 0) -> jax.Array:
     """a b, or with the transpose of either."""
-    shape = a.shape[first_turned], b.shape[1 - second_turned]
-    results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, (b.size,))]
-    call: Any = jax.ffi.ffi_call("jaxlm_product", results, vmap_method="sequential")
+    product = jax.ShapeDtypeStruct((a.shape[first_turned], b.shape[1 - second_turned]), jnp.float32)
+    scratch = (
+        jax.ShapeDtypeStruct((a.size // 2 + b.size,), jnp.uint32)
+        if rounded
+        else jax.ShapeDtypeStruct((b.size,), jnp.float32)
+    )
+    if rounded:
+        _register_rounded()
+    call: Any = jax.ffi.ffi_call(
+        "jaxlm_rounded_product" if rounded else "jaxlm_product", [product, scratch], vmap_method="sequential"
+    )
     return call(a, b, first_turned=np.int64(first_turned), second_turned=np.int64(second_turned))[0]
 
 
@@ -117,16 +136,55 @@ def _matrix_product(a, b, c, strips, rows, depth, columns, a_row, a_step, b_turn
                 strip_product(c, c_at, columns, a, at, a_row, a_step, strips, strip, _STRIP, number, steps, add)
 
 
+@kernel
+def round_to_pairs(source, target, rows, columns, across):
+    """Numbers next to each other in a row as pairs of bfloat16, or those of two rows (`across`)."""
+    for row in range(0, rows, 2):
+        for column in range(0, columns, 2 * LANES):
+            at, below = row * columns + column, (row + 1) * columns + column
+            a, b, c, d = load(source, at), load(source, at + LANES), load(source, below), load(source, below + LANES)
+            if across:
+                store_two(target, row // 2 * columns + column, pairs_across(a, c), pairs_across(b, d))
+            else:
+                store(target, at // 2, pairs_along(a, b))
+                store(target, below // 2, pairs_along(c, d))
+
+
+@expanded
+def _shapes(frame):
+    """Rows, depth and columns of a product, and whether either matrix is turned."""
+    first_turned, second_turned = integer(frame, 0), integer(frame, 1)
+    rows, depth = dimension(frame, 0, first_turned), dimension(frame, 0, 1 - first_turned)
+    return rows, depth, dimension(frame, 1, 1 - second_turned), first_turned, second_turned
+
+
 def _handler(frame):
     if is_question(frame):
         return 0
-    first_turned, second_turned = integer(frame, 0), integer(frame, 1)
-    rows, depth = dimension(frame, 0, first_turned), dimension(frame, 0, 1 - first_turned)
-    columns = dimension(frame, 1, 1 - second_turned)
+    rows, depth, columns, first_turned, second_turned = _shapes(frame)
     a_row, a_step = (1, rows) if first_turned else (depth, 1)
     a, b, c, strips = operand(frame, 0), operand(frame, 1), result(frame, 0), result(frame, 1)
     _matrix_product(a, b, c, strips, rows, depth, columns, a_row, a_step, second_turned)
     return 0
 
 
+def _rounded_handler(frame):
+    if is_question(frame):
+        return 0
+    rows, depth, columns, first_turned, second_turned = _shapes(frame)
+    c, scratch, pairs = result(frame, 0), result_of_uints(frame, 1), depth // 2
+    a, b, strips = scratch[: rows * pairs], scratch[rows * pairs : -columns * pairs], scratch[-columns * pairs :]
+    round_to_pairs(operand(frame, 0), a, dimension(frame, 0, 0), dimension(frame, 0, 1), first_turned)
+    round_to_pairs(operand(frame, 1), b, dimension(frame, 1, 0), dimension(frame, 1, 1), not second_turned)
+    a_row, a_step = (1, rows) if first_turned else (pairs, 1)
+    _matrix_product(a, b, c, strips, rows, pairs, columns, a_row, a_step, second_turned)
+    return 0
+
+
 register("jaxlm_product", _handler)
+
+
+@functools.cache
+def _register_rounded() -> None:
+    """Compiled when it is first needed, as few processors have the instruction."""
+    register("jaxlm_rounded_product", _rounded_handler)

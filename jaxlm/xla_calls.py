@@ -104,6 +104,13 @@ def result(frame, index):
 
 
 @expanded
+def result_of_uints(frame, index):
+    """The 32-bit integers of a result."""
+    buffer = _words(_words(frame[_RESULTS])[index])
+    return _uints(buffer[_BUFFER_DATA], _size(buffer))
+
+
+@expanded
 def integer(frame, index):
     """An int64 attribute. They are in the order of their names."""
     return _words(_words(_words(frame[_ATTRIBUTES])[index])[_SCALAR_VALUE])[0]

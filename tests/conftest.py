@@ -53,8 +53,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pl, "pallas_call", interpret)
 
 
-# To trace a test for coverage makes it a quarter to a third slower. These are about machine code, which leaves no trace, or about
-# modules that other tests go through as well.
+# Tracing for coverage makes a test a quarter to a third slower. These are about machine code, which leaves no trace,
+# or about modules that other tests go through as well.
 UNTRACED = (
     "test_attention", "test_bpe_engine", "test_bpe_split", "test_chaos", "test_dropout", "test_loop", "test_measures",
     "test_model", "test_moved_runs", "test_page", "test_parallel", "test_sampling", "test_speedrun", "test_statistics",

@@ -56,7 +56,8 @@ def main() -> None:
         parts: Any = jaxlm.model
         parts._norm = lambda _, name: PlainNorm(epsilon=1e-5, use_fast_variance=False, name=name)
         parts._ACTIVATIONS["relu"] = nn.relu
-        parts._product, parts._add_to_rows = jnp.matmul, jnp.add
+        parts._product = lambda x, kernel, rounded: x @ kernel
+        parts._add_to_rows = jnp.add
         jaxlm.parallel.sequences_at_once = lambda batch_size, time: batch_size
     mesh = data_mesh(training.batch_size)
     state = jax.device_put(init_state(model, training), replicated(mesh))
