@@ -48,7 +48,7 @@ def causal_attention(
       documents_BT: int, the document of each position; none looks into another one.
       dropout_rate, dropout_keys_B: dropout on the attention weights, where there is a random key for each sequence.
       implementation: one of IMPLEMENTATIONS; None takes what `default_implementation` says.
-      rounded: whether numba's rounds the factors of products to bfloat16, on a CPU for which `has_pairs`.
+      rounded: whether numba's rounds the factors of products to bfloat16, where `rounds` says that it can.
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dropout_rate = dropout_rate if dropout_keys_B is not None else 0.0
@@ -89,9 +89,12 @@ def has_numba() -> bool:
     return COMPILED
 
 
-def has_pairs() -> bool:
-    """Whether kernels for this CPU multiply bfloat16, two products at a time, in half of the time of float32."""
-    if jax.default_backend() != "cpu" or not has_numba():
+def rounds(compute_type: str) -> bool:
+    """Whether to compute in this type is to round the factors of products alone, and to compute in float32 else.
+
+    For bfloat16 it is on a CPU with an instruction for pairs of its products, in half of the time of float32.
+    """
+    if compute_type != "bfloat16" or jax.default_backend() != "cpu" or not has_numba():
         return False
     from jaxlm.lanes import HAS_PAIRS
 

@@ -24,7 +24,7 @@ import grain
 import jax
 import numpy as np
 
-from jaxlm.attention import check_implementation, default_implementation
+from jaxlm.attention import check_implementation, default_implementation, rounds
 from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, SaveFailed, abstract, saved_steps
 from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenizedCorpus
@@ -280,7 +280,7 @@ class _Facts:
     """What the runs of a program have in common: on what they run, and what a token costs."""
 
     def __init__(self, model: ModelConfig, config: TrainConfig) -> None:
-        flops, peak = flops_per_token(abstract_params(model), model), peak_flops()
+        flops, peak = flops_per_token(abstract_params(model), model), peak_flops(rounds(config.compute_type))
         attention = config.attention or default_implementation(config.compute_type, model.width // model.num_heads)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.utilization = math.nan if peak is None else flops / peak[0]  # times tokens per second makes MFU

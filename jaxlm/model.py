@@ -127,8 +127,8 @@ def forward(
 
     Dropout is on if there is a key: a single one, or one for each sequence, whose masks then don't depend on the batch
     that it is in. Logits at position t depend on tokens up to t alone. `attention`: as for `causal_attention`. `dtype`:
-    of the logits; None is that of the parameters, in which they are computed. `rounded`: whether a CPU for which
-    `has_pairs` rounds the factors of products to bfloat16.
+    of the logits; None is that of the parameters, in which they are computed. `rounded`: whether
+    factors of products are rounded to bfloat16, where `attention.rounds` says that they can be.
     """
     keys_B = dropout_key
     if dropout_key is not None and dropout_key.ndim == 0:
@@ -329,10 +329,13 @@ def _product(x_NI: jax.Array, kernel_IO: jax.Array, rounded: bool) -> jax.Array:
     if jax.default_backend() != "cpu":
         return x_NI @ kernel_IO
     if has_numba():
-        from jaxlm.products_numba import fits, product  # numba takes its time to import
+        from jaxlm.products_numba import STRIP, fits, product  # numba takes its time to import
 
-        if fits(x_NI, kernel_IO):
-            return product(x_NI, kernel_IO, rounded)
+        features = kernel_IO.shape[1]
+        # Rounded, a few more columns cost less than a product of XLA's.
+        padded_IO = jnp.pad(kernel_IO, ((0, 0), (0, -features % STRIP))) if rounded else kernel_IO
+        if fits(x_NI, padded_IO):
+            return product(x_NI, padded_IO, rounded)[:, :features]
     if kernel_IO.shape[0] <= kernel_IO.shape[1]:
         return x_NI @ kernel_IO
     kernel_OI = jax.lax.optimization_barrier(kernel_IO.T)  # or XLA would see through it

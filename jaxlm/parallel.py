@@ -79,22 +79,28 @@ _DATASHEETS = {
 
 
 @functools.cache
-def peak_flops() -> tuple[float, str] | None:
+def peak_flops(rounded: bool = False) -> tuple[float, str] | None:
     """What all devices together could do, FLOP/s, and where the figure is from; None for an unknown device.
 
-    On CPUs it is measured, once a process, by a float32 product of two 2,048-square matrices on all cores.
+    On CPUs it is measured, once a process, by a product of two 2,048-square float32 matrices on all cores, or by our
+    own, `rounded` to bfloat16, of one such for each device.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        square = jnp.ones((2048, 2048))
-        product = jax.jit(jnp.dot)
-        product(square, square).block_until_ready()
+        squares, product = 1, jax.jit(jnp.dot)
+        if rounded:
+            from jaxlm import products_numba  # numba takes its time to import
+
+            squares = jax.device_count()
+            product = jax.jit(divided(lambda b, a: products_numba.product(a, b, True), data_mesh(squares)))
+        one, all_of_them = jnp.ones((2048, 2048)), jnp.ones((squares * 2048, 2048))
+        product(one, all_of_them).block_until_ready()
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
-            product(square, square).block_until_ready()
+            product(one, all_of_them).block_until_ready()
             seconds.append(time.perf_counter() - started)
-        return 2 * 2048**3 / min(seconds), "a measured float32 matrix product"
+        return 2 * squares * 2048**3 / min(seconds), f"a measured {'bfloat16' if rounded else 'float32'} matrix product"
     for name, flops in sorted(_DATASHEETS.items(), key=lambda entry: -len(entry[0])):
         if device.device_kind.startswith(name):
             return flops * jax.device_count(), f"dense bfloat16 of {name}, data sheet"

@@ -20,7 +20,7 @@ from jaxlm.tokenizers.threads import num_cores
 from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result, result_of_uints
 
 ROWS = 4  # of a strip that are summed together
-_STRIP = 2 * LANES  # columns
+STRIP = 2 * LANES  # columns
 _DEPTH = 256  # products of each sum at once: a strip of so many rows is as large as the first cache, or half
 _ROWS_AT_ONCE = 256  # of the first matrix, which are read again for each strip
 
@@ -32,7 +32,7 @@ def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
         and x_NI.shape[0] > 0
         and x_NI.shape[0] % ROWS == 0
         and x_NI.shape[1] == kernel_IO.shape[0]
-        and not any(size % _STRIP for size in kernel_IO.shape)
+        and not any(size % STRIP for size in kernel_IO.shape)
         and jax.local_device_count() >= num_cores()
     )
 
@@ -116,24 +116,24 @@ def store_two(array, index, first, second):
 @kernel
 def _matrix_product(a, b, c, strips, rows, depth, columns, a_row, a_step, b_turned):
     """c = a b. First b is laid out in strips of columns, one after the other."""
-    for column in range(0, columns, _STRIP):
+    for column in range(0, columns, STRIP):
         strip = column * depth
         if b_turned:
             for step in range(0, depth, LANES):
-                for half in range(0, _STRIP, LANES):
-                    transpose(b, (column + half) * depth + step, depth, strips, strip + step * _STRIP + half, _STRIP)
+                for half in range(0, STRIP, LANES):
+                    transpose(b, (column + half) * depth + step, depth, strips, strip + step * STRIP + half, STRIP)
         else:
             for step in range(depth):
                 at = step * columns + column
-                store_two(strips, strip + step * _STRIP, load(b, at), load(b, at + LANES))
+                store_two(strips, strip + step * STRIP, load(b, at), load(b, at + LANES))
     for row in range(0, rows, _ROWS_AT_ONCE):
         number = min(_ROWS_AT_ONCE, rows - row)
-        for column in range(0, columns, _STRIP):
+        for column in range(0, columns, STRIP):
             for start in range(0, depth, _DEPTH):
                 steps, at = min(_DEPTH, depth - start), row * a_row + start * a_step
-                strip = column * depth + start * _STRIP
+                strip = column * depth + start * STRIP
                 c_at, add = row * columns + column, start > 0
-                strip_product(c, c_at, columns, a, at, a_row, a_step, strips, strip, _STRIP, number, steps, add)
+                strip_product(c, c_at, columns, a, at, a_row, a_step, strips, strip, STRIP, number, steps, add)
 
 
 @kernel

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxlm.attention import Implementation, has_pairs
+from jaxlm.attention import Implementation, rounds
 from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, abstract, saved_steps
 from jaxlm.evaluation import WINDOWS_AT_ONCE, mean_nats
 from jaxlm.faults import Policy
@@ -55,7 +55,9 @@ class TrainConfig:
     # and then pass over the step.
     on_fault: Policy = "stop"
     spike_factor: float | None = None  # a loss over so many times the mean of the last 100, of 20 at least, is a jump
-    compute_type: Literal["float32", "bfloat16"] = "float32"  # of activations, or of factors alone, see `loss_function`
+    compute_type: Literal["float32", "bfloat16"] = (
+        "float32"  # of activations, or of factors alone, see `attention.rounds`
+    )
     steps_at_once: int | None = None  # in one program, where nothing else is due; None: 10 but on a CPU
     attention: Implementation | None = None  # see attention.py; None: the best that the device has
 
@@ -296,10 +298,9 @@ def loss_function(
 ) -> jax.Array:
     """Mean nats per target token, end-of-text included, of a batch of shape (B, T + 1).
 
-    Parameters and their updates are float32. In bfloat16 all else is, but on a CPU for which `has_pairs`, where what
-    isn't a factor of a product stays float32.
+    Parameters and their updates are float32. Activations have the compute type, but where it `rounds`.
     """
-    rounded = compute_type == "bfloat16" and has_pairs()
+    rounded = rounds(compute_type)
     if not rounded:
         params = jax.tree.map(lambda leaf: leaf.astype(compute_type), params)
     logits_BTV = forward(

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from jaxlm.attention import Implementation, attention_reference, causal_attention, default_implementation
+from jaxlm.attention import Implementation, attention_reference, causal_attention, default_implementation, rounds
 from jaxlm.attention_triton import attention_triton
 from jaxlm.dropout import row_seeds
+from jaxlm.lanes import HAS_PAIRS
 from jaxlm.tokenizers.base import InputError
 
 Float32 = npt.NDArray[np.float32]
@@ -61,13 +62,13 @@ class Case:
     def keys_B(self) -> jax.Array | None:
         return jax.random.split(jax.random.key(self.time), self.batch) if self.rate else None
 
-    def attention(self, implementation: Implementation) -> partial[jax.Array]:
+    def attention(self, implementation: Implementation, rounded: bool = False) -> partial[jax.Array]:
         """A function of q, k, v and what isn't differentiated: documents and keys."""
 
         def attention(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array, keys: jax.Array) -> jax.Array:
             return causal_attention(
                 q, k, v, scale=self.scale, window=self.window, documents_BT=documents, dropout_rate=self.rate,
-                dropout_keys_B=keys, implementation=implementation,
+                dropout_keys_B=keys, implementation=implementation, rounded=rounded,
             )  # fmt: skip
 
         return attention
@@ -149,6 +150,28 @@ def test_blocks_and_kernels_equal_the_reference_in_values_and_gradients(case: Ca
         for name, got, expected in zip(("values", "dq", "dk", "dv"), found, reference, strict=True):
             assert got.shape == expected.shape
             np.testing.assert_allclose(got, expected, atol=3e-6 * max(1.0, np.abs(expected).max()), err_msg=name)
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rounded_kernels_are_near_the_reference_in_values_and_gradients(case: Case) -> None:
+    *qkv, above = case.arrays()
+
+    @partial(jax.jit, compiler_options=HASTE)
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, above: jax.Array, *rest: jax.Array) -> list[list[jax.Array]]:
+        outputs = []
+        for attention in (case.attention("numba", rounded=True), case.attention("reference")):
+            values, pull_back = jax.vjp(lambda q, k, v, f=attention: f(q, k, v, *rest), q, k, v)
+            outputs.append([values, *pull_back(above)])
+        return outputs
+
+    found, reference = both(*qkv, above, case.documents_BT(), case.keys_B())
+    differ = False
+    for name, got, expected in zip(("values", "dq", "dk", "dv"), found, reference, strict=True):
+        error, size = (float(jnp.sqrt(jnp.square(x).mean())) for x in (got - expected, expected))
+        assert error < 0.01 * max(1.0, size), name
+        differ |= error > 1e-4 * size
+    assert differ, "nothing is rounded"
 
 
 TRITON_CASES = [
@@ -272,6 +295,20 @@ def test_the_default_is_what_the_device_has_for_it(
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert default_implementation(jnp.dtype(dtype), width) == expected
+
+
+def test_what_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16, on a CPU with the instruction, and with numba's compiler."""
+    for has_pairs in (False, True):
+        monkeypatch.setattr("jaxlm.lanes.HAS_PAIRS", has_pairs)
+        assert rounds("bfloat16") == has_pairs
+        assert not rounds("float32")
+    for backend in ("gpu", "tpu"):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(jax, "default_backend", lambda backend=backend: backend)
+            assert not rounds("bfloat16")
+    monkeypatch.setattr("jaxlm.machine_code.COMPILED", False)
+    assert not rounds("bfloat16")
 
 
 def test_without_a_word_it_is_the_default() -> None:

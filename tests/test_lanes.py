@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlm.lanes import LANES, exp2, lane_numbers, load, load_one, maximum, store, transpose, uints, where
+from jaxlm.lanes import (
+    HAS_PAIRS,
+    LANES,
+    exp2,
+    fma,
+    lane_numbers,
+    load,
+    load_one,
+    maximum,
+    pairs_across,
+    pairs_along,
+    store,
+    transpose,
+    uints,
+    where,
+)
 from jaxlm.machine_code import kernel
 
 
@@ -33,6 +49,15 @@ def integers(a, b, out):
     x, y = load(a, 0), load(b, 0)
     store(out, 0, (x ^ x >> uints(15)) * y + (x << uints(3)) - uints(7))
     store(out, LANES, where(x <= y, x, y))
+
+
+@kernel
+def of_pairs(a, b, c, pairs, out):
+    across, along = pairs_across(load(a, 0), load(a, LANES)), pairs_along(load(a, 0), load(a, LANES))
+    store(pairs, 0, across)
+    store(pairs, LANES, along)
+    store(out, 0, fma(across, pairs_across(load(b, 0), load(b, LANES)), load(c, 0)))
+    store(out, LANES, fma(along, load_one(pairs, 1), load(c, LANES)))
 
 
 def test_powers_of_two() -> None:
@@ -71,3 +96,19 @@ def test_unsigned_integers(seed: int) -> None:
     integers(a, b, out)
     expected = [(a ^ a >> np.uint32(15)) * b + (a << np.uint32(3)) - np.uint32(7), np.minimum(a, b)]
     np.testing.assert_array_equal(out, np.concatenate(expected))
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_of_bfloat16(seed: int) -> None:
+    a, b, c = np.random.default_rng(seed).normal(size=(3, 2 * LANES)).astype(np.float32)
+    a[:3] = 0.0, -1.0, 1e30
+    pairs, out = np.empty(2 * LANES, np.uint32), np.empty(2 * LANES, np.float32)
+    of_pairs(a, b, c, pairs, out)
+    rounded, other = a.astype(ml_dtypes.bfloat16), b.astype(ml_dtypes.bfloat16)
+    lanes = rounded.reshape(2, LANES).T
+    np.testing.assert_array_equal(pairs[:LANES].view(ml_dtypes.bfloat16), lanes.ravel())
+    np.testing.assert_array_equal(pairs[LANES:].view(ml_dtypes.bfloat16), rounded)
+    first = (lanes.astype(float) * other.reshape(2, LANES).T.astype(float)).sum(axis=1) + c[:LANES]
+    second = (rounded.reshape(LANES, 2).astype(float) * lanes[1].astype(float)).sum(axis=1) + c[LANES:]
+    np.testing.assert_allclose(out, [*first, *second], rtol=1e-5, atol=1e-6)

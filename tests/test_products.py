@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlm.lanes import LANES
+from jaxlm.lanes import HAS_PAIRS
 from jaxlm.model import ModelConfig, forward, init
-from jaxlm.products_numba import fits, product
-
-STRIP = 2 * LANES
+from jaxlm.products_numba import STRIP, fits, product
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,25 @@ def test_values_and_gradients_are_those_of_the_plain_product(rows: int, inputs: 
     exact = x.astype(np.float64) @ kernel, above.astype(np.float64) @ kernel.T, x.T.astype(np.float64) @ above
     for got, expected in zip((values, *pull_back(above)), exact, strict=True):
         assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(4, 1, 1), (256, 3, 2), (260, 1, 5), (300, 33, 1), (12, 5, 17), (516, 4, 4)]
+)
+def test_rounded_values_and_gradients_are_those_of_rounded_factors(rows: int, inputs: int, outputs: int) -> None:
+    """Around the edges of the blocks, too; sums are of 512 products, as two go together."""
+    random = np.random.default_rng(rows)
+    x, kernel, above = (
+        random.normal(size=shape).astype(np.float32)
+        for shape in ((rows, inputs * STRIP), (inputs * STRIP, outputs * STRIP), (rows, outputs * STRIP))
+    )
+    values, pull_back = jax.vjp(jax.jit(partial(product, rounded=True)), x, kernel)
+    a, b, c = (array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (x, kernel, above))
+    for got, expected in zip((values, *pull_back(above)), (a @ b, c @ b.T, a.T @ c), strict=True):
+        assert got.shape == expected.shape
+        assert got.dtype == np.float32
         np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -50,14 +70,20 @@ def test_a_model_computes_the_same_with_them(monkeypatch: pytest.MonkeyPatch) ->
     params = init(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 11)
 
-    def slope(params: jax.Array) -> jax.Array:
-        return jnp.square(forward(params, tokens, config)).sum()
+    def slope(params: jax.Array, rounded: bool) -> jax.Array:
+        return jnp.square(forward(params, tokens, config, rounded=rounded)).sum()
 
     results = []
-    for devices in (0, 1_000):
+    for devices, rounded in ((0, False), (1_000, False), (1_000, True)):
+        if rounded and not HAS_PAIRS:
+            continue
         monkeypatch.setattr(jax, "local_device_count", lambda devices=devices: devices)
-        program = jax.jit(lambda params: jax.value_and_grad(slope)(params))
-        assert ("jaxlm_product" in program.lower(params).as_text()) == (devices > 0)
-        results.append(program(params))
-    for plain, ours in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        program = jax.jit(lambda params, rounded=rounded: jax.value_and_grad(slope)(params, rounded))
+        text = program.lower(params).as_text()
+        assert text.count("custom_call @jaxlm_product") == (3 * 6 if devices and not rounded else 0)
+        assert text.count("custom_call @jaxlm_rounded_product") == (3 * 7 if rounded else 0)  # the head, too
+        results.append(jax.tree.leaves(program(params)))
+    for plain, ours, *rounded_ones in zip(*results, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
+        for found in rounded_ones:  # where relu is near zero, it may be another
+            assert np.linalg.norm(found - plain) < 0.03 * np.linalg.norm(plain)

@@ -23,7 +23,8 @@ from typing import Any, Literal
 from rich.table import Table
 
 from experiments.command_line import program
-from jaxlm.parallel import peak_flops
+from jaxlm.attention import rounds
+from jaxlm.parallel import peak_flops, use_cores
 from jaxlm.runs import console
 from jaxlm.tokenizers.base import InputError
 
@@ -41,9 +42,11 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
         "seed model, 64 x 256": {**CPU, **SEED, "batch_size": 64, "context": 256},
         "the same, dropout 0.2": {**CPU, **SEED, "batch_size": 64, "context": 256, "dropout": 0.2},
+        "the same, bfloat16": {**CPU, **SEED, "batch_size": 64, "context": 256, "compute_type": "bfloat16"},
         "seed model, 16 x 1,024": {**CPU, **SEED, "batch_size": 16, "context": 1_024},
         "seed model, 4 x 4,096": {**CPU, **SEED, "batch_size": 4, "context": 4_096},
         "10.7 M, 64 x 256": {**CPU, **LARGER, "batch_size": 64, "context": 256},
+        "10.7 M, 64 x 256, bfloat16": {**CPU, **LARGER, "batch_size": 64, "context": 256, "compute_type": "bfloat16"},
     },
     "gpu": {
         "seed model, 64 x 256": {**GPU, **SEED, "batch_size": 64, "context": 256},
@@ -136,7 +139,7 @@ def measure(name: str, shape: dict[str, Any], config: Config, table: Table) -> t
             contender.begin(contender.steps)
             contender.medians.append(contender.wait())
     first = contenders[0]
-    peak = first.answer["peak"] or peak_flops()
+    peak = first.answer["peak"] or peak_flops(rounds(shape["compute_type"]))
     flops, tokens = first.answer["flops"], shape["batch_size"] * shape["context"]
     for contender in contenders:
         median = statistics.median(contender.medians)
@@ -157,6 +160,7 @@ def measure(name: str, shape: dict[str, Any], config: Config, table: Table) -> t
 
 
 def main(config: Config) -> None:
+    use_cores(64)
     peak = None
     table = Table(title=f"training step: median of {config.rounds} rounds; ours is faster by the median ratio (range)")
     for column in ("model", "contender", "ms", "tokens/s", "of peak", "ours is faster by", "memory", "device"):
