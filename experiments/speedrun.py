@@ -9,7 +9,9 @@ text is the training documents of the corpus, the first 90 %. All settings, the 
 beforehand with `--validation`, which trains on the first 95 % of those documents and scores on the rest. The held-out
 documents are looked at once, at the end. The score is bits per byte of the held-out documents as one text, in windows
 of 256 tokens without overlap, as the first baselines were scored; "each alone" is the measure of all other experiments.
-Time is that of the steps, the making of batches included, with compilation told apart.
+Time is that of the steps, the making of batches included, with compilation told apart. Factors of products are rounded
+to bfloat16 where the processor has an instruction for that; on one without, and with `--compute-type float32`, they
+aren't.
 
 Records, and ideas that did not work: SPEEDRUN.md.
 """
@@ -30,6 +32,7 @@ from rich.table import Table
 
 from experiments.command_line import check_seeds, program
 from experiments.language_model import MODERN_BPE_MODEL, MODERN_MODEL, MODERN_OPTIMIZER, tokenize
+from jaxlm.attention import rounds
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
 from jaxlm.data.shards import TokenStream, survey_corpus, train_documents
@@ -42,7 +45,7 @@ from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step, several_steps
 
 OPTIMIZER = replace(MODERN_OPTIMIZER, muon_learning_rate=0.01, muon_iterations=3)
-SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER)
+SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER, compute_type="bfloat16")
 MIDDLE = replace(SHORT, steps=1_500)
 LONG = replace(SHORT, steps=10_000)
 LONG_MODEL = replace(MODERN_MODEL, num_layers=3, width=112, feed_forward_width=256)
@@ -96,6 +99,8 @@ class Result:
 
 def main(config: Config) -> None:
     use_cores(config.training.batch_size)
+    if jax.default_backend() == "cpu" and not rounds(config.training.compute_type):
+        config = replace(config, training=replace(config.training, compute_type="float32"))
     check_memory(config.model, config.training)
     corpus = open_corpus(config.corpus)
     survey = survey_corpus(corpus)
@@ -105,7 +110,10 @@ def main(config: Config) -> None:
     data = data.for_validation() if config.validation else data
     train, scored = data.train, data.held_out
     assert tokenizer.end_of_text_id is not None
-    table = Table(title=f"{config.preset}, {tokenizer.kind}" + (", validation" if config.validation else ""))
+    table = Table(
+        title=f"{config.preset}, {tokenizer.kind}, {config.training.compute_type}"
+        + (", validation" if config.validation else "")
+    )
     for column in ("seed", "bits per byte", "each alone", "tokens", "bytes", "seconds", "compilation", "parameters"):
         table.add_column(column, justify="right")
     results = []

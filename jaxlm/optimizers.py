@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -102,8 +103,13 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, *, peak: flo
     return optax.join_schedules([warmup, main], [warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Clipping, if any, then AdamW, or Muon for the matrices inside blocks and AdamW for all else."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, mesh: Mesh | None = None, *, rounded: bool = False
+) -> optax.GradientTransformation:
+    """Clipping, if any, then AdamW, or Muon for the matrices inside blocks and AdamW for all else.
+
+    `rounded`: whether Muon rounds the factors of its products to bfloat16, as its author does, see `attention.rounds`.
+    """
     optimizer = optax.adamw(
         learning_rate_schedule(config, num_steps),
         b1=config.beta1,
@@ -114,7 +120,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, mesh: Mesh | None = 
     if config.name == "muon":
         muon = optax.chain(
             optax.trace(config.momentum, nesterov=True),
-            optax.stateless(lambda updates, _: orthogonalize(updates, mesh, config.muon_iterations)),
+            optax.stateless(lambda updates, _: orthogonalize(updates, mesh, config.muon_iterations, rounded=rounded)),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps, peak=config.muon_learning_rate)),
         )
@@ -136,7 +142,7 @@ def tree_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(together.sum())
 
 
-def orthogonalize(updates: Any, mesh: Mesh | None = None, iterations: int = 5) -> Any:
+def orthogonalize(updates: Any, mesh: Mesh | None = None, iterations: int = 5, *, rounded: bool = False) -> Any:
     """Each matrix with its singular values brought near 1, times 0.2 sqrt(its longer side), for an RMS near 0.2.
 
     Newton-Schulz iterations with the coefficients of Jordan (2024), who takes five; the scale is that of Liu et al.
@@ -149,7 +155,9 @@ def orthogonalize(updates: Any, mesh: Mesh | None = None, iterations: int = 5) -
         by_shape.setdefault(tuple(sorted(leaf.shape[-2:])), []).append(index)
     stacks = [jnp.concatenate([_wide(leaves[index]) for index in indices]) for indices in by_shape.values()]
     for indices, stack in zip(
-        by_shape.values(), share_among(mesh, partial(_newton_schulz, iterations=iterations), stacks), strict=True
+        by_shape.values(),
+        share_among(mesh, partial(_newton_schulz, iterations=iterations, rounded=rounded), stacks),
+        strict=True,
     ):
         for index in indices:
             leaf = leaves[index]
@@ -166,13 +174,29 @@ def _wide(leaf: jax.Array) -> jax.Array:
     return matrices if leaf.shape[-2] <= leaf.shape[-1] else matrices.swapaxes(-1, -2)
 
 
-def _newton_schulz(x: jax.Array, iterations: int) -> jax.Array:
+def _gram(x: jax.Array) -> jax.Array:
+    return x @ x.swapaxes(-1, -2)
+
+
+def _newton_schulz(x: jax.Array, iterations: int, rounded: bool) -> jax.Array:
     """x of shape (matrices, m, n), m <= n."""
+    product: Callable[..., jax.Array] = jnp.matmul
+    gram_of: Callable[[jax.Array], jax.Array] = _gram
+
+    def iterate(x: jax.Array) -> jax.Array:
+        for _ in range(iterations):
+            gram = gram_of(x)
+            x = 3.4445 * x + product(-4.7750 * gram + product(2.0315 * gram, gram), x)
+        return x
+
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
-    for _ in range(iterations):
-        gram = x @ x.swapaxes(-1, -2)
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
+    if rounded:
+        from jaxlm import products_numba  # numba takes its time to import
+
+        if products_numba.fits(x[0], x[0].T):
+            product, gram_of = partial(products_numba.product, rounded=True), products_numba.product_with_itself
+            return jax.lax.map(iterate, x)
+    return iterate(x)
 
 
 def decay_mask(params: Any) -> Any:

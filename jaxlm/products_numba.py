@@ -37,6 +37,11 @@ def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
     )
 
 
+def product_with_itself(x_MN: jax.Array) -> jax.Array:
+    """x x^T, its factors rounded to bfloat16, of an x that `fits` as a kernel does."""
+    return _call(True, x_MN, x_MN, second_turned=1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x_NI: jax.Array, kernel_IO: jax.Array, rounded: bool = False) -> jax.Array:
     """x kernel, for what `fits`. It can be differentiated once.

@@ -241,7 +241,7 @@ def _make_step(
     model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step as a function of the key of dropout and of a factor of all learning rates, too."""
-    optimizer = make_optimizer(config.optimizer, config.steps, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps, mesh, rounded=rounds(config.compute_type))
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     loss = partial(loss_function, model, compute_type=config.compute_type, attention=config.attention)
 

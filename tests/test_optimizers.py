@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import optax
 import pytest
 
+from jaxlm.lanes import HAS_PAIRS
 from jaxlm.model import ModelConfig, abstract_params
 from jaxlm.optimizers import (
     OptimizerConfig,
@@ -160,6 +162,20 @@ def test_matrices_are_orthogonalized_each_by_itself() -> None:
             np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
             singular = np.linalg.svd(expected, compute_uv=False) / (0.2 * math.sqrt(max(given.shape)))
             assert (np.abs(singular - 1) < 0.4).all()
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
+def test_they_are_with_rounded_factors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1_000)  # a device for each core
+    random = np.random.default_rng(0)
+    shapes = {"wide": (32, 96), "tall": (64, 32), "stacked": (3, 64, 64), "odd": (8, 20)}
+    matrices = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    exact = jax.jit(orthogonalize)(matrices)
+    program = jax.jit(partial(orthogonalize, rounded=True))
+    assert "jaxlm_rounded_product" in program.lower(matrices).as_text()
+    for name, found in program(matrices).items():
+        assert np.abs(found - exact[name]).max() > 0 or name == "odd"
+        assert np.linalg.norm(found - exact[name]) < 0.05 * np.linalg.norm(exact[name])
 
 
 @pytest.mark.parametrize("iterations", [5, 2])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.lanes import HAS_PAIRS
 from jaxlm.model import ModelConfig
 from jaxlm.optimizers import OptimizerConfig
 from jaxlm.parallel import data_mesh
@@ -166,6 +167,29 @@ def test_the_settings_of_an_identity_come_back() -> None:
 
 
 # ---- a step at fault
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
+def test_a_step_in_bfloat16_rounds_all_products_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1_000)  # a device for each core
+    model = replace(TINY, width=32, feed_forward_width=64)
+    texts = []
+    for name in ("adamw", "muon"):
+        optimizer = replace(CONFIG.optimizer, name=name)
+        losses = {}
+        for compute_type in ("float32", "bfloat16"):
+            config = replace(CONFIG, compute_type=compute_type, optimizer=optimizer)
+            step = jax.jit(make_train_step(model, config))
+            losses[compute_type] = float(step(init_state(model, config), BATCH)[1]["train/loss"])
+        assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 1e-3
+        texts.append(step.lower(init_state(model, config), BATCH).as_text())
+        for kernel in ("jaxlm_product", "jaxlm_attention_forward(", "jaxlm_attention_backward(", "xbf16"):
+            assert kernel not in texts[-1]
+        assert "jaxlm_attention_backward_rounded" in texts[-1]
+    in_model, with_muon = (text.count("custom_call @jaxlm_rounded_product") for text in texts)
+    assert in_model == 3 * 7  # four in attention, two in the MLP, the head
+    assert with_muon > in_model
+
 
 BATCH = jnp.asarray(np.random.default_rng(1).integers(0, 30, (4, 17)), jnp.int32)
 
