@@ -73,7 +73,9 @@ def test_a_first_context_that_does_not_divide_the_other_is_refused() -> None:
 
 def test_several_steps_of_one_program_are_those_steps_one_after_the_other() -> None:
     optimizer = replace(PRESETS["short"].training.optimizer, warmup_steps=2)
-    training = replace(PRESETS["short"].training, steps=28, batch_size=2, optimizer=optimizer, seed=3)
+    training = replace(
+        PRESETS["short"].training, steps=28, batch_size=2, optimizer=optimizer, seed=3, compute_type="float32"
+    )
     config = replace(PRESETS["short"], model=TINY, training=training, first_context=4)
     stream = stream_of([400])
     found, *_ = run(config, stream, seed=3)
