@@ -10,8 +10,7 @@ beforehand with `--validation`, which trains on the first 95 % of those document
 documents are looked at once, at the end. The score is bits per byte of the held-out documents as one text, in windows
 of 256 tokens without overlap, as the first baselines were scored; "each alone" is the measure of all other experiments.
 Time is that of the steps, the making of batches included, with compilation told apart. Factors of products are rounded
-to bfloat16 where the processor has an instruction for that; on one without, and with `--compute-type float32`, they
-aren't.
+to bfloat16 on a CPU with an instruction for that, but not with `--no-rounded`.
 
 Records, and ideas that did not work: SPEEDRUN.md.
 """
@@ -45,7 +44,7 @@ from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step, several_steps
 
 OPTIMIZER = replace(MODERN_OPTIMIZER, muon_learning_rate=0.01, muon_iterations=3)
-SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER, compute_type="bfloat16")
+SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER)
 MIDDLE = replace(SHORT, steps=1_500)
 LONG = replace(SHORT, steps=10_000)
 LONG_MODEL = replace(MODERN_MODEL, num_layers=3, width=112, feed_forward_width=256)
@@ -65,6 +64,7 @@ class Config:
     validation: bool = False  # train and score on parts of the training documents, to choose settings
     first_context: int = 128  # tokens of the windows in the first part of the run, as many of them a step as ever
     first_share: float = 0.5  # how long that is
+    rounded: bool = True  # factors of products to bfloat16, on a CPU with an instruction for that
     model: ModelConfig = MODERN_MODEL
     training: TrainConfig = SHORT
 
@@ -99,8 +99,8 @@ class Result:
 
 def main(config: Config) -> None:
     use_cores(config.training.batch_size)
-    if jax.default_backend() == "cpu" and not rounds(config.training.compute_type):
-        config = replace(config, training=replace(config.training, compute_type="float32"))
+    if config.rounded and rounds("bfloat16"):
+        config = replace(config, training=replace(config.training, compute_type="bfloat16"))
     check_memory(config.model, config.training)
     corpus = open_corpus(config.corpus)
     survey = survey_corpus(corpus)

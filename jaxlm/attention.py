@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxlm.dropout import keep_mask, row_seeds, weight_index
 from jaxlm.parallel import has_triton
 from jaxlm.tokenizers.base import InputError
+from jaxlm.tokenizers.threads import num_cores
 
 Implementation = Literal["reference", "blocks", "numba", "cudnn", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -48,7 +49,7 @@ def causal_attention(
       documents_BT: int, the document of each position; none looks into another one.
       dropout_rate, dropout_keys_B: dropout on the attention weights, where there is a random key for each sequence.
       implementation: one of IMPLEMENTATIONS; None takes what `default_implementation` says.
-      rounded: whether numba's rounds the factors of products to bfloat16, where `rounds` says that it can.
+      rounded: whether numba attention rounds the factors of its products to bfloat16, if `rounds` says that it can.
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dropout_rate = dropout_rate if dropout_keys_B is not None else 0.0
@@ -90,11 +91,14 @@ def has_numba() -> bool:
 
 
 def rounds(compute_type: str) -> bool:
-    """Whether to compute in this type is to round the factors of products alone, and to compute in float32 else.
+    """Whether to compute in this type is to round the factors of products, and to compute in float32 otherwise.
 
-    For bfloat16 it is on a CPU with an instruction for pairs of its products, in half of the time of float32.
+    For bfloat16 it is where each core of a CPU is a device and has an instruction for pairs of products, which take
+    half of the time of float32.
     """
-    if compute_type != "bfloat16" or jax.default_backend() != "cpu" or not has_numba():
+    if compute_type != "bfloat16" or jax.default_backend() != "cpu" or jax.local_device_count() < num_cores():
+        return False
+    if not has_numba():
         return False
     from jaxlm.lanes import HAS_PAIRS
 

@@ -38,7 +38,7 @@ from jaxlm.lanes import (
     where,
 )
 from jaxlm.machine_code import expanded, kernel
-from jaxlm.products_numba import ROWS, round_to_pairs, store_two, strip_product
+from jaxlm.products_numba import ROWS, check_pairs, round_to_pairs, store_two, strip_product
 from jaxlm.xla_calls import (
     dimension,
     integer,
@@ -72,10 +72,10 @@ def attention_numba(
     """As `attention.attention_reference`, computed in float32. On CPUs alone; it can be differentiated once.
 
     Args:
-      rounded: whether factors are rounded to bfloat16, in the gradients too, for processors with `HAS_PAIRS`.
+      rounded: whether factors are rounded to bfloat16, in the gradients too.
 
     Raises:
-      ValueError: shapes that don't belong together.
+      ValueError: shapes that don't belong together, or a processor that has no instruction for pairs of bfloat16.
     """
     batch, time, heads, width = q_BTHK.shape
     groups = k_BTGK.shape[2]
@@ -135,7 +135,7 @@ def _attend_forward(settings: Any, q: jax.Array, k: jax.Array, v: jax.Array, doc
 def _attend_backward(settings: Any, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
     q, k, v, *_ = saved
     length, width = _padded(q.shape[1]), _padded(q.shape[3])
-    scratch = 5 * length * width + 7 * _BLOCK * width + 4 * _BLOCK * _BLOCK + _BLOCK * LANES + _BLOCK
+    scratch = 9 * length * width // 2 + 7 * _BLOCK * width + 4 * _BLOCK * _BLOCK + _BLOCK * LANES + _BLOCK
     gradients = _call("jaxlm_attention_backward", settings, [q.shape, k.shape, v.shape], scratch, *saved, d_out)
     return *gradients, None, None
 
@@ -248,7 +248,7 @@ def _forward(
                 if numbers is not None:
                     _transpose(rows, _BLOCK, width, columns)
                 if pairs is not None:
-                    _round_and_transpose(rows, weights, width, columns)
+                    _round_and_transpose(rows, columns[block // 2 :], width, columns)
                 high0 = high1 = floats(_NEVER)
                 sum0 = sum1 = floats(_ZERO)
                 _clear(rows)
@@ -302,8 +302,8 @@ def _backward(
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
     depth = -(-head_width // ROWS) * ROWS
-    size, block = length * width, _BLOCK * width
-    d_keys, d_values, rest = scratch[3 * size : 4 * size], scratch[4 * size : 5 * size], scratch[5 * size :]
+    size, half, block = length * width, length * width // 2, _BLOCK * width
+    d_keys, d_values, rest = scratch[5 * half : 7 * half], scratch[7 * half : 9 * half], scratch[9 * half :]
     rows, d_rows, out_rows = rest[:block], rest[block : 2 * block], rest[2 * block : 3 * block]
     dq_columns = rest[3 * block : 4 * block]
     turned, rest = rest[4 * block :], rest[7 * block :]
@@ -314,8 +314,8 @@ def _backward(
         keys_across, rows_across, d_rows_across, d_scores_across = keys, rows, d_rows, d_scores
         weights_along, d_scores_along = weights, d_scores
     if pairs is not None:
-        each, half, square = 2, size // 2, _BLOCK * _BLOCK // 2
-        keys, keys_across, values, rest = pairs[size:], pairs[size + half :], pairs[2 * size :], pairs[5 * size :]
+        each, square = 2, _BLOCK * _BLOCK // 2
+        keys, keys_across, values, rest = pairs[size:], pairs[3 * half :], pairs[2 * size :], pairs[9 * half :]
         turned_pairs, columns, d_columns = rest[4 * block :], rest[5 * block :], rest[5 * block + block // 2 :]
         rows_across, d_rows_across, rest = rest[6 * block :], rest[6 * block + block // 2 :], rest[7 * block :]
         weights_along, d_scores_along, d_scores_across = rest[4 * square :], rest[5 * square :], rest[6 * square :]
@@ -493,5 +493,6 @@ register("jaxlm_attention_backward", _backward_handler)
 @functools.cache
 def _register_rounded() -> None:
     """Compiled when they are first needed, as few processors have the instruction."""
+    check_pairs()
     register("jaxlm_attention_forward_rounded", _rounded_forward_handler)
     register("jaxlm_attention_backward_rounded", _rounded_backward_handler)

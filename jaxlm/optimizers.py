@@ -193,9 +193,8 @@ def _newton_schulz(x: jax.Array, iterations: int, rounded: bool) -> jax.Array:
     if rounded:
         from jaxlm import products_numba  # numba takes its time to import
 
-        if products_numba.fits(x[0], x[0].T):
-            product, gram_of = partial(products_numba.product, rounded=True), products_numba.product_with_itself
-            return jax.lax.map(iterate, x)
+        product, gram_of = partial(products_numba.product, rounded=True), products_numba.product_with_itself
+        return jax.lax.map(iterate, products_numba.pad_to_strips(x))[:, : x.shape[1], : x.shape[2]]
     return iterate(x)
 
 

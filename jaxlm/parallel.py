@@ -87,18 +87,21 @@ def peak_flops(rounded: bool = False) -> tuple[float, str] | None:
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        squares, product = 1, jax.jit(jnp.dot)
+        squares, kernel, product = 1, jnp.ones((2048, 2048)), jax.jit(jnp.dot)
+        x = kernel
         if rounded:
             from jaxlm import products_numba  # numba takes its time to import
 
             squares = jax.device_count()
-            product = jax.jit(divided(lambda b, a: products_numba.product(a, b, True), data_mesh(squares)))
-        one, all_of_them = jnp.ones((2048, 2048)), jnp.ones((squares * 2048, 2048))
-        product(one, all_of_them).block_until_ready()
+            mesh = data_mesh(squares)
+            x = jax.device_put(jnp.ones((squares * 2048, 2048)), batch_sharding(mesh))
+            kernel = jax.device_put(kernel, replicated(mesh))
+            product = jax.jit(divided(lambda kernel, x: products_numba.product(x, kernel, True), mesh))
+        product(kernel, x).block_until_ready()
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
-            product(one, all_of_them).block_until_ready()
+            product(kernel, x).block_until_ready()
             seconds.append(time.perf_counter() - started)
         return 2 * squares * 2048**3 / min(seconds), f"a measured {'bfloat16' if rounded else 'float32'} matrix product"
     for name, flops in sorted(_DATASHEETS.items(), key=lambda entry: -len(entry[0])):

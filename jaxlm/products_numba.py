@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.lanes import LANES, floats, fma, load, load_one, pairs_across, pairs_along, store, transpose
+from jaxlm.lanes import HAS_PAIRS, LANES, floats, fma, load, load_one, pairs_across, pairs_along, store, transpose
 from jaxlm.machine_code import expanded, kernel
 from jaxlm.tokenizers.threads import num_cores
 from jaxlm.xla_calls import dimension, integer, is_question, operand, register, result, result_of_uints
@@ -38,8 +38,20 @@ def fits(x_NI: jax.Array, kernel_IO: jax.Array) -> bool:
 
 
 def product_with_itself(x_MN: jax.Array) -> jax.Array:
-    """x x^T, its factors rounded to bfloat16, of an x that `fits` as a kernel does."""
+    """x x^T, its factors rounded to bfloat16. Both sizes are those of whole strips."""
     return _call(True, x_MN, x_MN, second_turned=1)
+
+
+def rounded_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x kernel, its factors rounded to bfloat16, in matrices with a few more rows and columns, of any size."""
+    rows, features = x_NI.shape[0], kernel_IO.shape[1]
+    x_NI = jnp.pad(x_NI, ((0, -rows % ROWS), (0, -x_NI.shape[1] % STRIP)))
+    return product(x_NI, pad_to_strips(kernel_IO), True)[:rows, :features]
+
+
+def pad_to_strips(array: jax.Array) -> jax.Array:
+    """With zeros, so that its last two sizes are those of whole strips."""
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, -size % STRIP) for size in array.shape[-2:]])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -47,8 +59,10 @@ def product(x_NI: jax.Array, kernel_IO: jax.Array, rounded: bool = False) -> jax
     """x kernel, for what `fits`. It can be differentiated once.
 
     Args:
-      rounded: whether factors are rounded to bfloat16, in the gradients too, for processors with `HAS_PAIRS`. Sums are
-        float32.
+      rounded: whether factors are rounded to bfloat16, in the gradients too. Sums are float32.
+
+    Raises:
+      ValueError: a processor that has no instruction for pairs of bfloat16.
     """
     return _call(rounded, x_NI, kernel_IO)
 
@@ -143,7 +157,10 @@ def _matrix_product(a, b, c, strips, rows, depth, columns, a_row, a_step, b_turn
 
 @kernel
 def round_to_pairs(source, target, rows, columns, across):
-    """Numbers next to each other in a row as pairs of bfloat16, or those of two rows (`across`)."""
+    """Numbers next to each other in a row as pairs of bfloat16, or those of two rows (`across`).
+
+    There is an even number of rows, and the columns are those of whole strips.
+    """
     for row in range(0, rows, 2):
         for column in range(0, columns, 2 * LANES):
             at, below = row * columns + column, (row + 1) * columns + column
@@ -189,7 +206,14 @@ def _rounded_handler(frame):
 register("jaxlm_product", _handler)
 
 
+def check_pairs() -> None:
+    """Raises ValueError where rounded factors can't be multiplied."""
+    if not HAS_PAIRS:
+        raise ValueError("This processor has no instruction for pairs of bfloat16, so that nothing can be rounded.")
+
+
 @functools.cache
 def _register_rounded() -> None:
     """Compiled when it is first needed, as few processors have the instruction."""
+    check_pairs()
     register("jaxlm_rounded_product", _rounded_handler)

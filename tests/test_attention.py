@@ -124,6 +124,7 @@ CASES = [
     Case(200, window=300, rate=0.9),
     Case(131, heads=4, kv_heads=2, width=33, window=32, documents=3, rate=0.1),
     Case(97, heads=2, kv_heads=1, width=64),
+    Case(33, heads=1, kv_heads=1, batch=1, width=300),
     Case(1100, heads=4, kv_heads=2, batch=1, window=100, documents=6, rate=0.2),
     Case(1100, heads=2, kv_heads=1, rate=0.5),
     Case(2300, heads=1, kv_heads=1, batch=1, window=700, documents=3),
@@ -166,12 +167,11 @@ def test_rounded_kernels_are_near_the_reference_in_values_and_gradients(case: Ca
         return outputs
 
     found, reference = both(*qkv, above, case.documents_BT(), case.keys_B())
-    differ = False
     for name, got, expected in zip(("values", "dq", "dk", "dv"), found, reference, strict=True):
         error, size = (float(jnp.sqrt(jnp.square(x).mean())) for x in (got - expected, expected))
-        assert error < 0.01 * max(1.0, size), name
-        differ |= error > 1e-4 * size
-    assert differ, "nothing is rounded"
+        # A weight that is the only one of its query has no gradient but for rounding, so that of q and k may be zero.
+        assert error < 0.01 * max(0.5, size), name
+        assert error > 1e-4 * size, f"{name}: nothing is rounded"
 
 
 TRITON_CASES = [
@@ -298,11 +298,15 @@ def test_the_default_is_what_the_device_has_for_it(
 
 
 def test_what_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16, on a CPU with the instruction, and with numba's compiler."""
+    """bfloat16, on a CPU with the instruction and a device for each core, and with numba's compiler."""
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1_000)
     for has_pairs in (False, True):
         monkeypatch.setattr("jaxlm.lanes.HAS_PAIRS", has_pairs)
         assert rounds("bfloat16") == has_pairs
         assert not rounds("float32")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(jax, "local_device_count", lambda: 0)
+        assert not rounds("bfloat16")
     for backend in ("gpu", "tpu"):
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(jax, "default_backend", lambda backend=backend: backend)

@@ -165,8 +165,7 @@ def test_matrices_are_orthogonalized_each_by_itself() -> None:
 
 
 @pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
-def test_they_are_with_rounded_factors_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "local_device_count", lambda: 1_000)  # a device for each core
+def test_they_are_with_rounded_factors_too() -> None:
     random = np.random.default_rng(0)
     shapes = {"wide": (32, 96), "tall": (64, 32), "stacked": (3, 64, 64), "odd": (8, 20)}
     matrices = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -174,7 +173,7 @@ def test_they_are_with_rounded_factors_too(monkeypatch: pytest.MonkeyPatch) -> N
     program = jax.jit(partial(orthogonalize, rounded=True))
     assert "jaxlm_rounded_product" in program.lower(matrices).as_text()
     for name, found in program(matrices).items():
-        assert np.abs(found - exact[name]).max() > 0 or name == "odd"
+        assert np.abs(found - exact[name]).max() > 0
         assert np.linalg.norm(found - exact[name]) < 0.05 * np.linalg.norm(exact[name])
 
 

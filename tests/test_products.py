@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.lanes import HAS_PAIRS
 from jaxlm.model import ModelConfig, forward, init
-from jaxlm.products_numba import STRIP, fits, product
+from jaxlm.products_numba import STRIP, check_pairs, fits, product, rounded_product
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,26 @@ def test_rounded_values_and_gradients_are_those_of_rounded_factors(rows: int, in
         np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (5, 31, 98), (66, 112, 33)])
+def test_rounded_matrices_may_have_any_size(rows: int, inputs: int, outputs: int) -> None:
+    random = np.random.default_rng(rows)
+    x, kernel, above = (
+        random.normal(size=shape).astype(np.float32) for shape in ((rows, inputs), (inputs, outputs), (rows, outputs))
+    )
+    values, pull_back = jax.vjp(jax.jit(rounded_product), x, kernel)
+    a, b, c = (array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (x, kernel, above))
+    for got, expected in zip((values, *pull_back(above)), (a @ b, c @ b.T, a.T @ c), strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_without_the_instruction_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxlm.products_numba.HAS_PAIRS", False)
+    with pytest.raises(ValueError, match="no instruction for pairs of bfloat16"):
+        check_pairs()
+
+
 def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernel = jnp.zeros((4, STRIP)), jnp.zeros((STRIP, 3 * STRIP))
     monkeypatch.setattr(jax, "local_device_count", lambda: 1_000)
@@ -74,9 +94,7 @@ def test_a_model_computes_the_same_with_them(monkeypatch: pytest.MonkeyPatch) ->
         return jnp.square(forward(params, tokens, config, rounded=rounded)).sum()
 
     results = []
-    for devices, rounded in ((0, False), (1_000, False), (1_000, True)):
-        if rounded and not HAS_PAIRS:
-            continue
+    for devices, rounded in [(0, False), (1_000, False)] + [(1_000, True)] * HAS_PAIRS:
         monkeypatch.setattr(jax, "local_device_count", lambda devices=devices: devices)
         program = jax.jit(lambda params, rounded=rounded: jax.value_and_grad(slope)(params, rounded))
         text = program.lower(params).as_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -185,6 +186,10 @@ def test_a_step_in_bfloat16_rounds_all_products_and_nothing_else(monkeypatch: py
         texts.append(step.lower(init_state(model, config), BATCH).as_text())
         for kernel in ("jaxlm_product", "jaxlm_attention_forward(", "jaxlm_attention_backward(", "xbf16"):
             assert kernel not in texts[-1]
+        # Products that are left are those with a vector, sums of rows.
+        others = re.findall(r"dot_general.*\(tensor<([\dx]+)xf32>, tensor<([\dx]+)xf32>\)", texts[-1])
+        assert others
+        assert all("x" not in left or "x" not in right for left, right in others)
         assert "jaxlm_attention_backward_rounded" in texts[-1]
     in_model, with_muon = (text.count("custom_call @jaxlm_rounded_product") for text in texts)
     assert in_model == 3 * 7  # four in attention, two in the MLP, the head

@@ -112,8 +112,8 @@ class Contender:
         self.process.wait()
 
 
-def measure(name: str, shape: dict[str, Any], config: Config, table: Table) -> tuple[float, str] | None:
-    """Adds the rows of one shape. Returns the device's peak, FLOP/s, and where the figure is from, if it is known."""
+def measure(name: str, shape: dict[str, Any], config: Config, table: Table) -> set[tuple[float, str]]:
+    """Adds the rows of one shape. Returns the device's peak, FLOP/s, and where the figure is from; none if unknown."""
     ours = [sys.executable, "-m", "experiments.benchmarks.training_jax"]
     theirs = [config.torch_python, str(Path(__file__).with_name("training_torch.py"))]
     contenders = [
@@ -156,22 +156,22 @@ def measure(name: str, shape: dict[str, Any], config: Config, table: Table) -> t
             end_section=contender is contenders[-1],
         )
         contender.close()
-    return peak
+    return {(peak[0], peak[1])} if peak else set()
 
 
 def main(config: Config) -> None:
     use_cores(64)
-    peak = None
+    peaks: set[tuple[float, str]] = set()
     table = Table(title=f"training step: median of {config.rounds} rounds; ours is faster by the median ratio (range)")
     for column in ("model", "contender", "ms", "tokens/s", "of peak", "ours is faster by", "memory", "device"):
         table.add_column(column, justify="left" if column in ("model", "contender", "device") else "right")
     for name, shape in SHAPES[config.task].items():
         if config.only in name:
-            peak = measure(name, shape, config, table)
+            peaks |= measure(name, shape, config, table)
             console.print(f"{name}: done")
     console.print(table)
-    if peak is not None:
-        console.print(f"peak: {peak[0] / 1e9:,.0f} GFLOP/s, {peak[1]}")
+    for flops, source in sorted(peaks):
+        console.print(f"peak: {flops / 1e9:,.0f} GFLOP/s, {source}")
 
 
 if __name__ == "__main__":
