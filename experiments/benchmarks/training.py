@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
         "seed model, 64 x 256": {**CPU, **SEED, "batch_size": 64, "context": 256},
         "the same, dropout 0.2": {**CPU, **SEED, "batch_size": 64, "context": 256, "dropout": 0.2},
-        "the same, bfloat16": {**CPU, **SEED, "batch_size": 64, "context": 256, "compute_type": "bfloat16"},
+        "seed model, 64 x 256, bfloat16": {**CPU, **SEED, "batch_size": 64, "context": 256, "compute_type": "bfloat16"},
         "seed model, 16 x 1,024": {**CPU, **SEED, "batch_size": 16, "context": 1_024},
         "seed model, 4 x 4,096": {**CPU, **SEED, "batch_size": 4, "context": 4_096},
         "10.7 M, 64 x 256": {**CPU, **LARGER, "batch_size": 64, "context": 256},
