@@ -55,7 +55,7 @@ class TrainConfig:
     # and then pass over the step.
     on_fault: Policy = "stop"
     spike_factor: float | None = None  # a loss over so many times the mean of the last 100, of 20 at least, is a jump
-    # Of activations; on a CPU with an instruction for it, bfloat16 is the type of factors alone, and twice as fast.
+    # Of activations; on a CPU with an instruction for it, bfloat16 is the type of factors alone, which saves a third.
     compute_type: Literal["float32", "bfloat16"] = "float32"
     steps_at_once: int | None = None  # in one program, where nothing else is due; None: 10 but on a CPU
     attention: Implementation | None = None  # see attention.py; None: the best that the device has
