@@ -13,9 +13,8 @@ numba leaves out what isn't needed.
 
 from __future__ import annotations
 
-import functools
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -490,7 +489,7 @@ register("jaxlm_attention_forward", _forward_handler)
 register("jaxlm_attention_backward", _backward_handler)
 
 
-@functools.cache
+@cache
 def _register_rounded() -> None:
     """Compiled when they are first needed, as few processors have the instruction."""
     check_pairs()

@@ -6,8 +6,7 @@ devices need. Rounded to bfloat16, the factors of two products go through one in
 
 from __future__ import annotations
 
-import functools
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -212,7 +211,7 @@ def check_pairs() -> None:
         raise ValueError("This processor has no instruction for pairs of bfloat16, so that nothing can be rounded.")
 
 
-@functools.cache
+@cache
 def _register_rounded() -> None:
     """Compiled when it is first needed, as few processors have the instruction."""
     check_pairs()

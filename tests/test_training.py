@@ -167,9 +167,6 @@ def test_the_settings_of_an_identity_come_back() -> None:
         stored_settings({})
 
 
-# ---- a step at fault
-
-
 @pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
 def test_a_step_in_bfloat16_rounds_all_products_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "local_device_count", lambda: 1_000)  # a device for each core
@@ -195,6 +192,8 @@ def test_a_step_in_bfloat16_rounds_all_products_and_nothing_else(monkeypatch: py
     assert in_model == 3 * 7  # four in attention, two in the MLP, the head
     assert with_muon > in_model
 
+
+# ---- a step at fault
 
 BATCH = jnp.asarray(np.random.default_rng(1).integers(0, 30, (4, 17)), jnp.int32)
 
