@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from jaxlm import attention_numba
 from jaxlm.attention import Implementation, attention_reference, causal_attention, default_implementation, rounds
 from jaxlm.attention_triton import attention_triton
 from jaxlm.dropout import row_seeds
@@ -172,6 +173,27 @@ def test_rounded_kernels_are_near_the_reference_in_values_and_gradients(case: Ca
         # A weight that is the only one of its query has no gradient but for rounding, so that of q and k may be zero.
         assert error < 0.01 * max(0.5, size), name
         assert error > 1e-4 * size, f"{name}: nothing is rounded"
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor has no instruction for pairs of bfloat16")
+def test_a_rounded_kernel_keeps_to_its_working_memory_for_wide_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def note(_: str, __: object, results: list[tuple[int, ...]], size: int, *___: jax.Array) -> list[jax.Array]:
+        sizes.append(size)
+        return [jnp.zeros(shape) for shape in results]
+
+    monkeypatch.setattr(attention_numba, "_call", note)
+    q, k, v, _ = Case(33, heads=1, kv_heads=1, batch=1, width=300).arrays()
+    attention_numba._attend_forward((1.0, 33, 0.0, True), jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, None)
+    memory = np.full(sizes[0] + 10_000, 7.0, np.float32)  # more than is the kernel's
+    scratch, nothing, one = memory[: sizes[0]], np.zeros(0, np.uint32), np.float32(1.0)
+    of_queries = np.zeros(64, np.float32), np.zeros(64, np.float32)
+    attention_numba._forward(
+        q.ravel(), k.ravel(), v.ravel(), nothing, nothing, np.zeros(q.size, np.float32), *of_queries, scratch,
+        1, 33, 1, 1, 300, one, 33, 0, one, None, scratch.view(np.uint32),
+    )  # fmt: skip
+    assert (memory[sizes[0] :] == 7.0).all()
 
 
 TRITON_CASES = [
