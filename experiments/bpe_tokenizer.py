@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.table import Table
 
 from experiments.command_line import program
 from jaxlm.data.documents import open_corpus
@@ -24,6 +25,7 @@ from jaxlm.runs import check_writable, console
 from jaxlm.tokenizers import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxlm.tokenizers.base import InputError, check_text, visible
 from jaxlm.tokenizers.bpe import check_split, check_vocab_size
+from jaxlm.tokenizers.measures import longest_tokens
 
 SENTENCE = "L'été, les hirondelles reviennent nicher sous les toits du village."
 
@@ -134,26 +136,21 @@ def explain(tokenizer: Tokenizer, config: Config) -> None:
     if not isinstance(tokenizer, BPETokenizer):
         raise InputError(f"{config.workdir} holds a {tokenizer.kind} tokenizer; --explain shows the merges of a BPE.")
     console.print(tokenizer.explain(config.explain))
-    ids = tokenizer.encode(config.explain, allowed_special="none")
-    tokens = [tokenizer.token_bytes(token_id) for token_id in ids]
-    console.print(f"{len(config.explain.encode())} bytes, {len(ids)} tokens  ", end="")
+    tokens = pieces(tokenizer, config.explain)
+    console.print(f"{len(config.explain.encode())} bytes, {len(tokens)} tokens  ", end="")
     console.print(token_text(tokens, colour=console.is_terminal), soft_wrap=True)
 
 
-def compression_table(tokenizers: dict[str, Tokenizer], texts: Sequence[str]) -> object:
+def compression_table(tokenizers: dict[str, Tokenizer], texts: Sequence[str]) -> Table:
     """Vocabulary, bytes per token and the longest tokens of each tokenizer, on held-out text."""
     rows = []
     for name, tokenizer in tokenizers.items():
-        tokens = {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)} - {
-            special.encode() for special in tokenizer.special_tokens
-        }
-        longest = sorted(tokens, key=lambda token: (-len(token), token))[:3]
         rows.append(
             (
                 name,
                 f"{tokenizer.vocab_size:,}",
                 f"{bytes_per_token(tokenizer, texts):.3f}",
-                "  ".join(visible(token) for token in longest),
+                "  ".join(visible(token) for token in longest_tokens(tokenizer, 3)),
             )
         )
     return rows_table(("tokenizer", "vocabulary", "bytes per token", "longest tokens"), rows, "on held-out text")

@@ -167,7 +167,7 @@ def main(config: Config) -> None:
     wanted = config.specs()
     recorded = (recorded_devices(path) for path in sorted(workdir.glob("arms/*/rate-*/seed-*")))
     use_cores(config.training.batch_size, next(filter(None, recorded), None))
-    data_mesh(config.training.batch_size)
+    data_mesh(config.training.batch_size)  # refuses a batch that doesn't divide among the devices
     corpus = open_corpus(config.corpus, max_bytes=config.corpus_bytes)
     survey = survey_corpus(corpus)
     # Every arm is prepared before the first is trained, so that bad input is said at once.

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from rich.markup import escape
-from rich.table import Table
 
 from jaxlm.checkpoints import saved_steps
 from jaxlm.data.documents import Corpus, open_corpus
@@ -126,7 +125,7 @@ def run(
         f"{tokenizer.kind} tokenizer: {tokenizer.vocab_size:,} ids, {data.train.bytes_per_token:.3f} bytes per token, "
         f"{len(data.train):,} training tokens"
     )
-    console.print(parameters_of(config.model))
+    console.print(parameter_table(abstract_params(config.model)))
     state = train(run, tokenizer, data, config.model, config.training, params)
     evaluate_run(run, tokenizer, data, config.model, config.training, state)
     from jaxlm.reports.figures import learning_curve  # half a second, which the first step needn't wait for
@@ -148,11 +147,6 @@ def tokenize(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> TokenizedC
     with share_progress("tokenizing", survey.bytes) as progress:
         advance = partial(progress.advance, progress.task_ids[0])
         return tokenize_corpus(corpus, survey, tokenizer, on_document=advance)
-
-
-def parameters_of(model: ModelConfig) -> Table:
-    """The table of a model's parameters, which aren't computed for it."""
-    return parameter_table(abstract_params(model))
 
 
 def sample_run(workdir: str, sampling: Sampling, seed: int) -> None:

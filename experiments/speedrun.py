@@ -10,7 +10,7 @@ beforehand with `--validation`, which trains on the first 95 % of those document
 documents are looked at once, at the end. The score is bits per byte of the held-out documents as one text, in windows
 of 256 tokens without overlap, as the first baselines were scored; "each alone" is the measure of all other experiments.
 Time is that of the steps, the making of batches included, with compilation told apart. Factors of products are rounded
-to bfloat16 on a CPU with an instruction for that, but not with `--no-rounded`.
+to bfloat16 on a CPU with an instruction for that, but not with `--compute-type float32`.
 
 Records, and ideas that did not work: SPEEDRUN.md.
 """
@@ -44,7 +44,7 @@ from jaxlm.tokenizers.base import InputError
 from jaxlm.training import TrainConfig, check_memory, init_state, make_train_step, several_steps
 
 OPTIMIZER = replace(MODERN_OPTIMIZER, muon_learning_rate=0.01, muon_iterations=3)
-SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER)
+SHORT = TrainConfig(steps=600, batch_size=8, optimizer=OPTIMIZER, compute_type="bfloat16")
 MIDDLE = replace(SHORT, steps=1_500)
 LONG = replace(SHORT, steps=10_000)
 LONG_MODEL = replace(MODERN_MODEL, num_layers=3, width=112, feed_forward_width=256)
@@ -60,11 +60,10 @@ class Config:
     preset: Literal["short", "middle", "long", "bpe-short", "bpe-middle", "bpe-long"] = "short"
     tokenizer: Literal["char", "bpe"] = "char"
     corpus: str = "builtin"  # as in the experiments
-    seeds: int = 5
+    seeds: int = 5  # runs, with the seeds from --seed on
     validation: bool = False  # train and score on parts of the training documents, to choose settings
     first_context: int = 128  # tokens of the windows in the first part of the run, as many of them a step as ever
     first_share: float = 0.5  # how long that is
-    rounded: bool = True  # factors of products to bfloat16, on a CPU with an instruction for that
     model: ModelConfig = MODERN_MODEL
     training: TrainConfig = SHORT
 
@@ -99,8 +98,11 @@ class Result:
 
 def main(config: Config) -> None:
     use_cores(config.training.batch_size)
-    if config.rounded and rounds("bfloat16"):
-        config = replace(config, training=replace(config.training, compute_type="bfloat16"))
+    if config.training.compute_type == "bfloat16" and not rounds("bfloat16"):
+        console.print("Factors of products can't be rounded to bfloat16 here, so that all is float32.")
+        config = replace(config, training=replace(config.training, compute_type="float32"))
+    first_seed = config.training.seed
+    trainings = [replace(config.training, seed=seed) for seed in range(first_seed, first_seed + config.seeds)]
     check_memory(config.model, config.training)
     corpus = open_corpus(config.corpus)
     survey = survey_corpus(corpus)
@@ -109,6 +111,7 @@ def main(config: Config) -> None:
     data = tokenize(corpus, survey, tokenizer)
     data = data.for_validation() if config.validation else data
     train, scored = data.train, data.held_out
+    check_windows(len(scored), config.model)
     assert tokenizer.end_of_text_id is not None
     table = Table(
         title=f"{config.preset}, {tokenizer.kind}, {config.training.compute_type}"
@@ -117,9 +120,9 @@ def main(config: Config) -> None:
     for column in ("seed", "bits per byte", "each alone", "tokens", "bytes", "seconds", "compilation", "parameters"):
         table.add_column(column, justify="right")
     results = []
-    for seed in range(config.seeds):
-        state, seconds, compilation, tokens = run(config, train, seed)
-        params = jax.device_put(state, jax.devices()[0])
+    for training in trainings:
+        params, seconds, compilation, tokens = run(replace(config, training=training), train)
+        params = jax.device_put(params, jax.devices()[0])
         result = Result(
             in_windows(params, config.model, scored.slice(0, len(scored)))
             / math.log(2)
@@ -131,7 +134,7 @@ def main(config: Config) -> None:
         )
         results.append(result)
         table.add_row(
-            str(seed),
+            str(training.seed),
             f"{result.bits_per_byte:.4f}",
             f"{result.each_alone:.4f}",
             f"{tokens / 1e6:.2f} M",
@@ -140,7 +143,7 @@ def main(config: Config) -> None:
             f"{compilation:.1f}",
             f"{count_parameters(params):,}",
         )
-        console.print(f"seed {seed}: {result.bits_per_byte:.4f} bits per byte after {seconds:.1f} s")
+        console.print(f"seed {training.seed}: {result.bits_per_byte:.4f} bits per byte after {seconds:.1f} s")
     scores = [result.bits_per_byte for result in results]
     if len(scores) > 1:
         table.add_section()
@@ -157,9 +160,9 @@ def main(config: Config) -> None:
     console.print(table)
 
 
-def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, float, int]:
+def run(config: Config, train: TokenStream) -> tuple[Params, float, float, int]:
     """Trains once: the parameters, the seconds of the steps and those of compilation, and the tokens seen."""
-    training = replace(config.training, seed=seed)
+    training = config.training
     batch_tokens = training.batch_size * config.model.context
     mesh = data_mesh(training.batch_size)
     state = jax.jit(partial(init_state, config.model, training), out_shardings=replicated(mesh))()
@@ -173,7 +176,8 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
         if not steps:
             continue
         at_once = max(number for number in range(1, STEPS_AT_ONCE + 1) if steps % number == 0)
-        batches = make_batches(train, context=context, batch_size=batch_tokens // context, seed=seed * 1_000 + context)
+        order = training.seed * 1_000 + context
+        batches = make_batches(train, context=context, batch_size=batch_tokens // context, seed=order)
         windows = [batches[index] for index in range(at_once)]
         started = time.perf_counter()
         compiled = several.lower(state, jax.device_put(np.stack(windows), divided)).compile(options)
@@ -185,6 +189,15 @@ def run(config: Config, train: TokenStream, seed: int) -> tuple[Params, float, f
             state = jax.block_until_ready(updated)
         seconds += time.perf_counter() - started
     return state.params, seconds, compilation, training.steps * batch_tokens
+
+
+def check_windows(num_tokens: int, model: ModelConfig) -> None:
+    """Raises InputError for a held-out text that has no window."""
+    if num_tokens <= model.context:
+        raise InputError(
+            f"The held-out text has {num_tokens} tokens, and one window of context {model.context} needs "
+            f"{model.context + 1}; use more text or a smaller context."
+        )
 
 
 def in_windows(params: Params, model: ModelConfig, ids: npt.NDArray[np.int32], batch: int = 64) -> float:

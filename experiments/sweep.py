@@ -146,6 +146,7 @@ def grid_runs(
         for factor, config in zip(factors, configs, strict=True)
     ]
     tokens = arm.data.for_validation().train
+    # Refuses too short a text.
     make_batches(tokens, context=arm.model.context, batch_size=short.batch_size, seed=short.seed)
     return runs, configs
 
@@ -202,7 +203,7 @@ def train_runs(
 def by_progress(items: Sequence[int], steps: Sequence[set[int]]) -> list[list[int]]:
     """Items that can go on together without repeating more than what came after a save that was cut off.
 
-    Those that have the newest step of the one that is the least far belong together.
+    Those belong together that have the newest checkpoint of the one that is furthest behind.
     """
     groups: list[list[int]] = []
     left = sorted(items, key=lambda item: (max(steps[item], default=0), item))

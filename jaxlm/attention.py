@@ -1,7 +1,7 @@
 """Causal self-attention (Vaswani et al. 2017): one function, the plain reference, and what is fast on each device.
 
-Shapes: B batch, T time, H query heads, G key and value heads (each serves H / G query heads), K head width. Inside the
-blockwise one: R = B H rows, Q queries of a block, S keys up to its end.
+Shapes: B batch, T time, H query heads, G key and value heads (each serves H / G query heads), K head width. In the
+blockwise implementation: R = B H rows, Q queries of a block, S keys up to its end.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def causal_attention(
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dropout_rate = dropout_rate if dropout_keys_B is not None else 0.0
-    check_implementation(implementation, q_BTHK.dtype, dropout_rate)
+    check_implementation(implementation, q_BTHK.dtype, dropout_rate, q_BTHK.shape[1], q_BTHK.shape[3])
     implementation = implementation or default_implementation(q_BTHK.dtype, q_BTHK.shape[3])
     if implementation == "cudnn":
         return _cudnn_attention(q_BTHK, k_BTGK, v_BTGK, scale, window, documents_BT)
@@ -91,9 +91,9 @@ def has_numba() -> bool:
 
 
 def rounds(compute_type: str) -> bool:
-    """Whether to compute in this type is to round the factors of products, and to compute in float32 otherwise.
+    """Whether computing in this type means that the factors of products are rounded, all else being float32.
 
-    For bfloat16 it is where each core of a CPU is a device and has an instruction for pairs of products, which take
+    For bfloat16 it does where each core of a CPU is a device and has an instruction for pairs of products, which take
     half of the time of float32.
     """
     if compute_type != "bfloat16" or jax.default_backend() != "cpu" or jax.local_device_count() < num_cores():
@@ -103,10 +103,6 @@ def rounds(compute_type: str) -> bool:
     from jaxlm.lanes import HAS_PAIRS
 
     return HAS_PAIRS
-
-
-def _fits_cudnn(time: int, head_width: int) -> bool:
-    return time % 2 == 0 and head_width % 8 == 0 and head_width <= _WIDEST
 
 
 def attention_reference(
@@ -134,7 +130,9 @@ def attention_reference(
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(v_BTGK.dtype), v_BTHK)
 
 
-def check_implementation(implementation: Implementation | None, dtype: Any, dropout_rate: float) -> None:
+def check_implementation(
+    implementation: Implementation | None, dtype: Any, dropout_rate: float, time: int, head_width: int
+) -> None:
     """Raises InputError for an attention that doesn't exist, or that this device or these settings don't allow."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise InputError(f"Attention is one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}.")
@@ -146,6 +144,8 @@ def check_implementation(implementation: Implementation | None, dtype: Any, drop
         raise InputError(
             f"triton attention needs compute capability 8, and {jax.devices()[0].device_kind} has less; leave it out."
         )
+    if implementation == "triton" and head_width > _WIDEST:
+        raise InputError(f"triton attention takes heads up to {_WIDEST} wide, not {head_width}; leave it out.")
     if implementation == "numba":
         if jax.default_backend() != "cpu":
             raise InputError(
@@ -158,6 +158,11 @@ def check_implementation(implementation: Implementation | None, dtype: Any, drop
             raise InputError("cudnn attention takes no dropout on attention weights here; set the dropout to 0.")
         if jnp.dtype(dtype).itemsize != 2:
             raise InputError(f"cudnn attention computes in 16 bits, not in {dtype}; make the compute type bfloat16.")
+        if time % 2 or head_width % 8 or head_width > _WIDEST:
+            raise InputError(
+                f"cudnn attention takes an even number of tokens, and heads whose width is a multiple of 8 up to "
+                f"{_WIDEST}, not {time} and {head_width}; leave it out."
+            )
 
 
 def _cudnn_attention(
@@ -168,11 +173,8 @@ def _cudnn_attention(
     window: int | None,
     documents_BT: jax.Array | None,
 ) -> jax.Array:
-    if documents_BT is not None or not _fits_cudnn(q_BTHK.shape[1], q_BTHK.shape[3]):
-        raise InputError(
-            "cudnn attention takes an even number of tokens, heads whose width is a multiple of 8 up to 128, and no "
-            "documents; leave it out."
-        )
+    if documents_BT is not None:
+        raise InputError("cudnn attention takes no documents; leave it out.")
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BTGK,

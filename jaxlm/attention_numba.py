@@ -214,6 +214,9 @@ def _forward(
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
     depth = -(-head_width // ROWS) * ROWS
+    # Of the working memory: keys and values (`size` each), then two blocks, and the scores. Pairs take half of the room
+    # of numbers: their keys and values share the second `size`, behind rows that are yet to be rounded; their weights
+    # stand in the place of the scores, whose rows are read before they are written over.
     size, block = length * width, _BLOCK * width
     rest = scratch[2 * size :]
     rows, turned, scores = rest[:block], rest[block : 2 * block], rest[2 * block :]
@@ -301,20 +304,33 @@ def _backward(
 ):  # fmt: skip
     length, width = -(-time // _BLOCK) * _BLOCK, -(-head_width // _BLOCK) * _BLOCK
     depth = -(-head_width // ROWS) * ROWS
-    size, half, block = length * width, length * width // 2, _BLOCK * width
-    d_keys, d_values, rest = scratch[5 * half : 7 * half], scratch[7 * half : 9 * half], scratch[9 * half :]
+    # The working memory, in this order, for numbers and for pairs, which take half of their room:
+    #   5 half sizes: keys (2), values (2) | rows that are yet to be rounded (2), keys, keys_across, values (1 each)
+    #   4 half sizes: d_keys, d_values
+    #   4 blocks: rows, d_rows, out_rows, dq_columns
+    #   3 blocks: columns, d_columns | a block to be turned; columns, d_columns, rows_across, d_rows_across (1/2 each)
+    #   4 squares: weights, d_scores, and | weights_along, d_scores_along, d_scores_across (1/2 each)
+    #   at the end: partial_dots, dots
+    size, half_size, block = length * width, length * width // 2, _BLOCK * width
+    d_keys, d_values = scratch[5 * half_size : 7 * half_size], scratch[7 * half_size : 9 * half_size]
+    rest = scratch[9 * half_size :]
     rows, d_rows, out_rows = rest[:block], rest[block : 2 * block], rest[2 * block : 3 * block]
     dq_columns = rest[3 * block : 4 * block]
     turned, rest = rest[4 * block :], rest[7 * block :]
     weights, d_scores = rest, rest[_BLOCK * _BLOCK :]
-    partial, dots = rest[4 * _BLOCK * _BLOCK : -_BLOCK], rest[-_BLOCK:]
+    partial_dots, dots = rest[4 * _BLOCK * _BLOCK : -_BLOCK], rest[-_BLOCK:]
     if numbers is not None:
         each, keys, values, columns, d_columns = 1, scratch, scratch[size:], turned, turned[block:]
         keys_across, rows_across, d_rows_across, d_scores_across = keys, rows, d_rows, d_scores
         weights_along, d_scores_along = weights, d_scores
     if pairs is not None:
         each, square = 2, _BLOCK * _BLOCK // 2
-        keys, keys_across, values, rest = pairs[size:], pairs[3 * half :], pairs[2 * size :], pairs[9 * half :]
+        keys, keys_across, values, rest = (
+            pairs[size:],
+            pairs[3 * half_size :],
+            pairs[2 * size :],
+            pairs[9 * half_size :],
+        )
         turned_pairs, columns, d_columns = rest[4 * block :], rest[5 * block :], rest[5 * block + block // 2 :]
         rows_across, d_rows_across, rest = rest[6 * block :], rest[6 * block + block // 2 :], rest[7 * block :]
         weights_along, d_scores_along, d_scores_across = rest[4 * square :], rest[5 * square :], rest[6 * square :]
@@ -361,13 +377,13 @@ def _backward(
                     dot = floats(_ZERO)
                     for c in range(r * width, (r + 1) * width, LANES):
                         dot = fma(load(out_rows, c), load(d_rows, c), dot)
-                    store(partial, r * LANES, dot)
+                    store(partial_dots, r * LANES, dot)
                 for half in range(0, _BLOCK, LANES):
                     at = half * LANES
-                    transpose(partial, at, LANES, partial, at, LANES)
+                    transpose(partial_dots, at, LANES, partial_dots, at, LANES)
                     dot = floats(_ZERO)
                     for r in range(LANES):
-                        dot = dot + load(partial, at + r * LANES)
+                        dot = dot + load(partial_dots, at + r * LANES)
                     store(dots, half, dot)
                 dot0, dot1 = load(dots, 0), load(dots, LANES)
                 at = row * length + query

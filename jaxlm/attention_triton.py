@@ -27,7 +27,7 @@ _NEVER = -1e30  # the score of a key that may not be seen
 
 @dataclass(frozen=True)
 class _Tiles:
-    """What a program has: `own` positions, which it takes with `other` ones at a time, a divisor of them."""
+    """How a program works: on `own` positions, going through the others `other` at a time, which divides `own`."""
 
     own: int
     other: int

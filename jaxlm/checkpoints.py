@@ -150,8 +150,9 @@ class Checkpoints:
             assert isinstance(kept, dict)
             if kept.get("format", 0) > _FORMAT:
                 raise InputError(f"{self._directory / str(step)} was written by a newer jaxlm; use that one.")
-            # Before there were checksums the record was all that was kept, and before there was one of it, the others.
-            whole = {"record", "checksums"} <= kept.keys() or ("format" not in kept and "step" in kept)
+            # The first checkpoints kept the bare record, later ones record and checksums, and now the record's too.
+            is_bare = "format" not in kept and "step" in kept
+            whole = is_bare or {"record", "checksums"} <= kept.keys()
             found = _record_checksum(kept.get("record"))
             if not whole or kept.get("record_checksum", found) != found:
                 raise _Changed("its record isn't what was saved")

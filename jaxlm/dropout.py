@@ -34,7 +34,8 @@ def row_seeds(keys_B: jax.Array, count: int) -> jax.Array:
 def keep_mask(seeds: jax.Array, index: jax.Array, rate: float) -> jax.Array:
     """False with probability `rate` (to 1 in 2^32), by a hash of seed and index, which are uint32 and broadcast.
 
-    The hash is two rounds of multiplication and shift (constants: Wellons 2018, Prospecting for hash functions).
+    The hash is two multiplications with a shift between them (constants: Wellons 2018, Prospecting for hash functions);
+    its high bits decide, so that a last shift isn't needed.
     """
     x = (seeds ^ index) * jnp.uint32(0x7FEB352D)
     x = (x ^ x >> 15) * jnp.uint32(0x846CA68B)

@@ -152,7 +152,7 @@ def _batched(
 
 @functools.cache
 def _window_scorer(activation: int) -> Callable[..., jax.Array]:
-    """Compiled as training steps are, but not before there is a device."""
+    """Compiled as training steps are; at its first use, as to ask for the options would start JAX."""
 
     @partial(jax.jit, static_argnums=(1, 2), compiler_options=compiler_options(activation))
     def score(params: Params, config: ModelConfig, mesh: Any, windows: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -207,5 +207,5 @@ def _mean_nats_forward(logits_NV: jax.Array, targets_N: jax.Array) -> tuple[jax.
     return nats_N.mean(), d_NV
 
 
-# The gradient of the loss is 1 in a training step, which XLA knows.
+# In a training step the gradient from above is 1, so that XLA drops this multiplication.
 _mean_nats.defvjp(_mean_nats_forward, lambda d_NV, d: (d_NV * d.astype(d_NV.dtype), None))

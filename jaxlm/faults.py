@@ -1,6 +1,6 @@
 """Steps that go wrong: a loss, gradients or weights that aren't finite, or a loss that jumps.
 
-Such a step leaves parameters and optimizer as they were, at its own index (see `training.py`). What happens then is a
+Such a step leaves parameters and optimizer as they were; only the count of steps goes on. What happens then is a
 policy: `stop` ends the run; `skip` goes on with the next step; `rewind` goes back to the last checkpoint, takes the
 steps since then again, and passes over the batch that was at fault. Where the fault lay in the batch, the two end with
 the same bits; where a device had damaged the state, only the second mends it.
@@ -38,9 +38,9 @@ class Faults:
         self.skipped: list[int] = []  # steps that left the model as it was
 
     def limit(self, step: int) -> float:
-        """The highest loss with which a step may change the model: that of the mean of losses up to two steps before.
+        """The highest loss with which a step may change the model: so many times the mean of the last 100.
 
-        The one before isn't known yet when a step begins.
+        These end two steps before; the loss of the one before isn't known yet when a step begins.
         """
         if step in self._passed_over:
             return -math.inf

@@ -24,6 +24,10 @@ def evaluate_run(
     """Scores all held-out documents and appends the figures to the metrics, as `final/...`, unless they are there.
 
     The nats of each document are kept beside them, for runs to be compared document by document.
+
+    Raises:
+      RunFailed: the score isn't finite.
+      InputError: another process is training the run, or its metrics are damaged.
     """
     assert tokenizer.end_of_text_id is not None
     with run.locked():

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Self
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.attention import check_implementation, default_implementation, rounds
 from jaxlm.checkpoints import BrokenCheckpoint, Checkpoints, SaveFailed, abstract, saved_steps
@@ -48,6 +49,7 @@ from jaxlm.sampling import sample_text
 from jaxlm.tokenizers.base import InputError, Tokenizer
 from jaxlm.training import (
     Metrics,
+    Step,
     TrainConfig,
     TrainState,
     abstract_state,
@@ -70,8 +72,8 @@ def train(
     """Trains one run to `config.steps`, from its newest checkpoint if it has one, and returns the last state.
 
     A new run begins with `initial_params`, or with random ones. Nothing is written before all that can be wrong with
-    the input has been checked. Metrics are fetched one program late, so that the device has its next one before
-    the host looks at the last.
+    the input has been checked. Metrics are fetched one program late where the device still computes, so that it
+    has its next one before the host looks at the last.
 
     Raises:
       InputError: too little text for one window, a batch that the devices don't divide, another tokenizer in the run,
@@ -106,8 +108,9 @@ def train_together(
         raise InputError("Runs that train together don't go back together; take --on-fault skip, or --together 1.")
     mesh = data_mesh(config.batch_size if count == 1 else count)
     check_compute_type(config.compute_type)
-    check_implementation(config.attention, config.compute_type, model.dropout)
-    everywhere, divided = replicated(mesh), batch_sharding(mesh)
+    head_width = model.width // model.num_heads
+    check_implementation(config.attention, config.compute_type, model.dropout, model.context, head_width)
+    everywhere = replicated(mesh)
     streams = [
         make_batches(data.train, context=model.context, batch_size=config.batch_size, seed=config.seed)
         for config in configs
@@ -140,61 +143,30 @@ def train_together(
         for run in runs:
             run.adopt(tokenizer)
 
-        def placed(rows: Sequence[Any]) -> Any:
-            return jax.device_put(_stacked(rows), divided if count > 1 else everywhere)
-
-        def batches(step: int) -> Iterator[tuple[int, jax.Array]]:
-            """For each program from `step` on, how many steps it takes, and their batches."""
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * max(config.program_sizes(first)))
-            rows = zip(*(stream[step : config.steps].to_iter_dataset(options) for stream in streams), strict=True)
-            for size in config.programs(step):
-                batch = [_stacked(row) for row in itertools.islice(rows, size)]
-                yield size, jax.device_put(_stacked(batch), divided if size == 1 else stacked(divided))
-
-        @functools.lru_cache(maxsize=1)
-        def limits_of(*limits: tuple[float, ...]) -> jax.Array:
-            """Of each step of a program, those of each run."""
-            of_runs = divided if count > 1 else everywhere
-            array = np.array(limits, np.float32)[:, 0] if count == 1 else np.array(limits, np.float32)
-            return jax.device_put(array[0], of_runs) if len(limits) == 1 else jax.device_put(array, stacked(of_runs))
-
-        @functools.cache
-        def program(size: int) -> Callable[..., tuple[TrainState, Metrics]]:
-            """`size` steps, compiled."""
-            shape = ((size,) if size > 1 else ()) + ((count,) if count > 1 else ())
-            batch = jax.ShapeDtypeStruct(
-                (*shape, config.batch_size, model.context + 1),
-                np.int32,
-                sharding=divided if size == 1 else stacked(divided),
-            )
-            function = step if size == 1 else several_steps(step)
-            lowered = jax.jit(function, donate_argnums=0).lower(like, batch, limits_of(*[(math.inf,) * count] * size))
-            tokens = count * config.batch_size * model.context // mesh.size
-            return lowered.compile(compiler_options(tokens * model.width))
-
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed(states))
+        programs = _Programs(step, model, config, count, mesh)
         for size in config.program_sizes(first):
-            program(size)
+            programs.program(size)
         facts = _Facts(model, config)
         reporter.begin(first, config.steps, facts.lines)
 
         def advance(states: list[TrainState], signals: _Signals) -> Any:
             """Takes all steps that are left, or those until a signal."""
-            state = placed(states)
+            state = programs.placed(states)
             states.clear()
             clock.start()
             for loop in loops:
                 loop.begin(facts.utilization)
             done = loops[0].step
-            for size, batch in batches(done):
+            for size, batch in programs.batches(streams, done):
                 numbers = range(done + 1, done + size + 1)
                 done += size
-                limits = limits_of(*(tuple(loop.faults.limit(number) for loop in loops) for number in numbers))
-                state, metrics = program(size)(state, batch, limits)
-                one_at_a_time(mesh, metrics)
+                limits = programs.limits(*(tuple(loop.faults.limit(number) for loop in loops) for number in numbers))
+                state, metrics = programs.program(size)(state, batch, limits)
+                waited = one_at_a_time(mesh, metrics)
                 stop = signals.received
                 for index, loop in enumerate(loops):
-                    loop.after_steps(size, partial(_part, state, index, count, everywhere), metrics, stop=stop)
+                    get_state = partial(_part, state, index, count, everywhere)
+                    loop.after_steps(size, get_state, metrics, waited=waited, stop=stop)
                 if stop or all(loop.failure for loop in loops):
                     break
             return state
@@ -214,19 +186,19 @@ def train_together(
 
 @contextlib.contextmanager
 def _all_written(runs: Sequence[Run]) -> Iterator[None]:
-    """Says of a run directory that can't be written any more what is left.
+    """Turns the error of a run directory that can't be written or read any more into one that says what is left.
 
     Raises:
-      RunFailed: so it is.
+      RunFailed: it is such an error.
     """
     try:
         yield
     except (SaveFailed, OSError) as error:
         if isinstance(error, OSError):
-            place = Path(str(error.filename)).absolute()
-            if not any(place.is_relative_to(run.path.absolute()) for run in runs):
+            place = None if error.filename is None else Path(str(error.filename)).absolute()
+            if place is None or not any(place.is_relative_to(run.path.absolute()) for run in runs):
                 raise
-            problem = f"Writing to {error.filename} failed: {error.strerror}."
+            problem = f"{error.filename} can't be written or read: {error.strerror}."
         else:
             problem = str(error)
         saved = max(set.intersection(*(saved_steps(run.path / "checkpoints") for run in runs)), default=None)
@@ -262,8 +234,8 @@ def _resume(loops: Sequence[_Loop], sharding: jax.sharding.Sharding) -> tuple[in
                     "from elsewhere, or start again in another --workdir."
                 )
         first = max(set.intersection(*(set(loop.checkpoints.steps) for loop in loops)), default=None)
-        some = [loop.checkpoints.steps and loop.checkpoints.any_broken for loop in loops]
-        if first is None and len(loops) > 1 and any(some):
+        saved = [loop for loop in loops if loop.checkpoints.steps]
+        if first is None and saved and (len(saved) == len(loops) or any(x.checkpoints.any_broken for x in saved)):
             raise RunFailed(
                 f"{loops[0].run.path} and the runs beside it have no step in common with intact checkpoints; go on "
                 "with each alone, by --together 1."
@@ -276,6 +248,60 @@ def _resume(loops: Sequence[_Loop], sharding: jax.sharding.Sharding) -> tuple[in
             return first, [loop.resume(first, sharding) for loop in loops]
 
 
+class _Programs:
+    """Steps as compiled programs, and the arrays that these take.
+
+    Arrays are (steps of the program, runs, ...), but an axis of length 1 is left out.
+    """
+
+    def __init__(self, step: Step, model: ModelConfig, config: TrainConfig, count: int, mesh: Mesh) -> None:
+        self._step, self._model, self._config, self._count, self._mesh = step, model, config, count, mesh
+        self._divided = batch_sharding(mesh)
+        self._of_runs = self._divided if count > 1 else replicated(mesh)
+        self.program = functools.cache(self._compile)
+        self.limits = functools.lru_cache(maxsize=1)(self._place_limits)  # most often they are infinite
+
+    def placed(self, rows: Sequence[Any]) -> Any:
+        """What each run has, on the devices."""
+        return jax.device_put(_stacked(rows), self._of_runs)
+
+    def batches(self, streams: Sequence[grain.MapDataset[np.ndarray]], step: int) -> Iterator[tuple[int, jax.Array]]:
+        """For each program from `step` on, how many steps it takes, and their batches."""
+        config = self._config
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * max(config.program_sizes(step)))
+        rows = zip(*(stream[step : config.steps].to_iter_dataset(options) for stream in streams), strict=True)
+        for size in config.programs(step):
+            batch = [_stacked(row) for row in itertools.islice(rows, size)]
+            yield size, jax.device_put(_stacked(batch), _of_steps(size, self._divided))
+
+    def _place_limits(self, *limits: tuple[float, ...]) -> jax.Array:
+        """The limit of the loss for each step and run."""
+        array = np.array(limits, np.float32).reshape(self._axes(len(limits)))
+        return jax.device_put(array, _of_steps(len(limits), self._of_runs))
+
+    def _compile(self, size: int) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The program of `size` steps."""
+        model, config, count = self._model, self._config, self._count
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*self._axes(1), *x.shape), x.dtype, sharding=self._of_runs),
+            abstract_state(model, config),
+        )
+        shape = (*self._axes(size), config.batch_size, model.context + 1)
+        batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=_of_steps(size, self._divided))
+        function = self._step if size == 1 else several_steps(self._step)
+        limits = self.limits(*[(math.inf,) * count] * size)
+        tokens = count * config.batch_size * model.context // self._mesh.size
+        lowered = jax.jit(function, donate_argnums=0).lower(state, batch, limits)
+        return lowered.compile(compiler_options(tokens * model.width))
+
+    def _axes(self, size: int) -> tuple[int, ...]:
+        return tuple(length for length in (size, self._count) if length > 1)
+
+
+def _of_steps(size: int, sharding: NamedSharding) -> NamedSharding:
+    return sharding if size == 1 else stacked(sharding)
+
+
 class _Facts:
     """What the runs of a program have in common: on what they run, and what a token costs."""
 
@@ -284,13 +310,17 @@ class _Facts:
         attention = config.attention or default_implementation(config.compute_type, model.width // model.num_heads)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.utilization = math.nan if peak is None else flops / peak[0]  # times tokens per second makes MFU
-        self.lines = [f"attention: {attention}; {config.compute_type} on {devices}"]
+        kind = "products of bfloat16" if rounds(config.compute_type) else config.compute_type
+        self.lines = [f"attention: {attention}; {kind} on {devices}"]
         if peak is not None:
             self.lines.insert(0, f"{flops / 1e6:,.1f} MFLOP a token; peak {peak[0] / 1e9:,.0f} GFLOP/s ({peak[1]})")
 
 
 class _Loop:
-    """What happens to one run between steps: metrics, evaluation, samples, checkpoints; the clock leaves out two."""
+    """What happens to one run between steps: metrics, evaluations, samples, checkpoints.
+
+    The clock stands still during evaluations and samples.
+    """
 
     def __init__(
         self,
@@ -311,9 +341,8 @@ class _Loop:
         self.tokens_per_step = config.batch_size * model.context
         self.step = 0
         self.seconds_before = 0.0
-        self.pending: tuple[int, int, Metrics] | None = (
-            None  # of the last program: its last step, how many, their metrics
-        )
+        # Of the last program: its last step, how many steps it took, and their metrics.
+        self.pending: tuple[int, int, Metrics] | None = None
         self.held_out: float | None = None
         self.best = math.inf
         self.tokens_per_second = math.nan
@@ -368,17 +397,21 @@ class _Loop:
         self.last_log = (self.step, self.seconds)
         self.reported = self.seconds
 
-    def after_steps(self, size: int, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
-        """Reports the steps of the program before this one, and if something is due, those of this one too."""
+    def after_steps(
+        self, size: int, get_state: Callable[[], TrainState], metrics: Metrics, *, waited: bool, stop: bool
+    ) -> None:
+        """Reports the program before this one and, if this one was waited for or something is due, it too."""
         if self.failure is not None:
             return
         try:
-            self._after_steps(size, get_state, metrics, stop=stop)
+            self._after_steps(size, get_state, metrics, waited=waited, stop=stop)
         except RunFailed as failure:
             self.failure = failure
             self.run.fail(str(failure), self.config.fault_policy)
 
-    def _after_steps(self, size: int, get_state: Callable[[], TrainState], metrics: Metrics, *, stop: bool) -> None:
+    def _after_steps(
+        self, size: int, get_state: Callable[[], TrainState], metrics: Metrics, *, waited: bool, stop: bool
+    ) -> None:
         config = self.config
         self.step += size
         self._report()
@@ -387,9 +420,11 @@ class _Loop:
         evaluation_due = self.step % config.eval_every == 0 or last
         sample_due = self.step % config.sample_every == 0 or last
         checkpoint_due = self.step % config.checkpoint_every == 0 or last or stop
-        if not (evaluation_due or sample_due or checkpoint_due):
+        due = evaluation_due or sample_due or checkpoint_due
+        if due or waited:
+            self._report()
+        if not due:
             return
-        self._report()
         state = get_state()
         with self.clock.paused():
             evaluation = self._evaluate(state.params) if evaluation_due else None

@@ -22,22 +22,17 @@ from jaxlm.attention import Implementation, causal_attention, has_numba
 from jaxlm.dropout import dropout
 from jaxlm.norms import Norm
 from jaxlm.parallel import has_triton
-from jaxlm.tokenizers.base import InputError, check_types, shown
+from jaxlm.tokenizers.base import InputError, check_types
 
 Params = Any
 
-# Numbers beyond these are others on the device.
+# Larger numbers would change on their way to the device, which has int32 and float32.
 LARGEST_INT, LARGEST_FLOAT = int(np.iinfo(np.int32).max), float(np.finfo(np.float32).max)
 _MOST_LAYERS = 10_000  # each is traced
 _FEW_IDS = 4_096  # for which a product costs little beside the model
-_TILE, _MULTIPROCESSORS = 192, 128  # of a product on a GPU; at least so many
-_ROWS_OF_PART, _FEWEST_PARTS = 512, 4  # that a product is worth splitting into
-
-_CHOICES = {
-    "norm": ("layer", "rms"),
-    "positions": ("learned", "rope"),
-    "activation": ("relu", "relu2", "gelu", "swiglu"),
-}
+# A GPU has at least so many multiprocessors, each of which computes a tile of a product of so many rows and columns.
+_MULTIPROCESSORS, _TILE = 128, 192
+_ROWS_OF_PART, _FEWEST_PARTS = 512, 4  # a product is split into parts of so many rows at least, and so many of them
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class ModelConfig:
     qk_norm: bool = False  # queries and keys scaled to a mean square of 1, scores doubled
     activation: Literal["relu", "relu2", "gelu", "swiglu"] = "relu"  # relu2 is the square of relu
     biases: bool = True  # of linear layers, those of queries, keys and values excepted
-    zero_outputs: bool = False  # output projections and head begin at zero, other kernels at N(0, 1 / fan-in)
+    zero_outputs: bool = False  # output projections and head begin at zero, see `init`
     window: int | None = None  # tokens that attention may look at, itself included; None is the context
     tied_head: bool = False  # the embedding, transposed, as head
     logit_cap: float | None = None  # a logit x becomes cap tanh(x / cap)
@@ -86,13 +81,14 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"The model's dropout is a share from 0 to below 1, not {self.dropout}.")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"The model's {name} is one of {', '.join(known)}, not {shown(getattr(self, name))}.")
         if self.positions == "rope" and self.width // self.num_heads % 2:
             raise InputError(
                 f"RoPE turns pairs of numbers, and heads of width {self.width // self.num_heads} are odd; change width "
                 "or num_heads."
+            )
+        if self.input_tokens > self.context:
+            raise InputError(
+                f"The input of a position has up to {self.context} tokens, its context, not {self.input_tokens}."
             )
         if self.window is not None and not 1 <= self.window <= self.context:
             raise InputError(f"The model's window is from 1 to its context of {self.context}, not {self.window}.")
@@ -103,7 +99,11 @@ class ModelConfig:
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters: weights from N(0, 0.02), or as `zero_outputs` says; biases zero, gains one."""
+    """Fresh float32 parameters: weights normal with deviation 0.02, biases zero, gains one.
+
+    With `zero_outputs`, output projections and head are zero, and other kernels have a deviation of fan-in^-1/2;
+    embeddings and positions one of 0.2, unless the head is tied.
+    """
     return Decoder(config).lazy_init(key, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
 
 
@@ -248,7 +248,8 @@ class Block(nn.Module):
     def attend(self, h_ND: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         config = self.config
         num_kv_heads, head_width = config.num_kv_heads or config.num_heads, config.width // config.num_heads
-        # A product can add its result to another, but XLA doesn't see it in the sum of three gradients of h.
+        # The gradient of h is a sum of three products. A product can be added to what is there already, which XLA does
+        # in a sum of two, not of three: so that of keys and values is made one of its own.
         also_h_ND = jax.lax.optimization_barrier(h_ND) if jax.default_backend() == "gpu" else h_ND
         q_BTHK, k_BTGK, v_BTGK = (
             _linear(self, heads * head_width, name, biases=False)(x_ND).reshape(self.batch, -1, heads, head_width)
@@ -353,7 +354,7 @@ def _split_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 
 def _split_product_backward(saved: tuple[jax.Array, jax.Array], d_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Has the gradient of a small kernel computed in parts, so that each multiprocessor of a GPU gets its tile."""
+    """Computes the gradient of a small kernel in parts, so that each multiprocessor of a GPU gets its tile."""
     x_NI, kernel_IO = saved
     tiles = -(-kernel_IO.shape[0] // _TILE) * -(-kernel_IO.shape[1] // _TILE)
     most = max(1, min(_MULTIPROCESSORS // tiles, len(x_NI) // _ROWS_OF_PART))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxlm.parallel import has_triton
 
-_WIDEST = 16_384  # rows that a kernel takes
+_WIDEST = 16_384  # numbers of the longest row that a kernel takes
 
 
 class Norm(nn.Module):

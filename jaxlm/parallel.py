@@ -74,6 +74,7 @@ _DATASHEETS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
+    "TPU v5": 459e12,
     "TPU v6": 918e12,
 }
 
@@ -159,14 +160,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def one_at_a_time(mesh: Mesh, results: Any) -> None:
-    """Waits for the results of a step on several CPU devices, and does nothing elsewhere.
+def one_at_a_time(mesh: Mesh, results: Any) -> bool:
+    """Waits for the results of a step on several CPU devices, and does nothing elsewhere. Says whether it waited.
 
     These devices share the few threads of one process. If steps are queued, all threads can come to wait for exchanges
     with a device that none is left for, and the program stands still (seen within some hundred steps).
     """
-    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+    waits: bool = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    if waits:
         jax.block_until_ready(results)
+    return waits
 
 
 def sharding_beside(params: Any, batch_size: int) -> NamedSharding | None:

@@ -79,7 +79,7 @@ class Reporter:
         """Training starts, at `step`; the facts are lines on what it runs on."""
 
     def progress(self, run: int, figures: Figures) -> None:
-        """After each step."""
+        """After each program of steps."""
 
     def evaluated(self, run: int, step: int, seconds: float, evaluation: Evaluation) -> None:
         """After each evaluation during training."""

@@ -1,8 +1,7 @@
 """Triton kernels over the rows of a matrix, for GPUs: norms, the loss, and the gradient of a look-up.
 
 Each takes from memory what it needs, and writes what it gives, once, where XLA makes several kernels that read the same
-again.
-Sums are in float32 and in the same order each time, so that results are the same to the bit.
+again. Sums are in float32 and in the same order each time, so that results are the same to the bit.
 
 Shapes: N rows, D width, V vocabulary; in a kernel R rows and C columns of a block, E eight neighbours, P programs.
 """

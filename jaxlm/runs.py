@@ -2,6 +2,7 @@
 
     config.json  tokenizer/  metrics.jsonl  tensorboard/  samples.txt  checkpoints/  final_nats.npy  lock
 
+and, where something went wrong, broken_checkpoints/ and failed.json.
 Rerunning the same command continues a run; a command with another identity is refused.
 """
 
@@ -202,15 +203,28 @@ class Run:
     def check_logs(self, log_sizes: dict[str, int]) -> None:
         """Raises InputError if the part of the metrics that a checkpoint needs is gone or damaged."""
         file, size = self.path / METRICS_FILE, log_sizes.get(METRICS_FILE, 0)
-        if size and not (file.exists() and _metrics(file, size)):
+        if not size:
+            return
+        data = b""
+        if file.exists():
+            with file.open("rb") as opened:
+                data = opened.read(size)
+        if len(data) < size or len(_metrics(file, size)) < data.count(b"\n") or not data.endswith(b"\n"):
             raise InputError(f"{file} is damaged; restore it, or choose another --workdir.")
 
     def log_sizes(self) -> dict[str, int]:
-        """Bytes of each log, to be kept with a checkpoint. What TensorBoard holds back is written."""
+        """Bytes of each log, to be kept with a checkpoint; so many are on the disk, whatever happens to the power.
+
+        What TensorBoard holds back is written.
+        """
         if self._board is not None:
             self._board.flush()
-        paths = {name: self.path / name for name in (METRICS_FILE, SAMPLES_FILE)}
-        return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
+        sizes = dict.fromkeys((METRICS_FILE, SAMPLES_FILE), 0)
+        for name in sizes:
+            with contextlib.suppress(FileNotFoundError), (self.path / name).open("rb") as file:
+                os.fsync(file.fileno())
+                sizes[name] = os.fstat(file.fileno()).st_size
+        return sizes
 
     def log(self, step: int, **values: float) -> None:
         """Appends one line to metrics.jsonl (null for a number that isn't finite); in training, to TensorBoard too."""

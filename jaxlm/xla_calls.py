@@ -69,9 +69,14 @@ _floats, _uints = _array_of(types.float32), _array_of(types.uint32)
 
 
 @expanded
+def _buffer(frame, kind, index):
+    return _words(_words(frame[kind])[index])
+
+
+@expanded
 def dimension(frame, operand, axis):
     """The length of an axis of an operand."""
-    return _words(_words(_words(frame[_OPERANDS])[operand])[_BUFFER_DIMENSIONS])[axis]
+    return _words(_buffer(frame, _OPERANDS, operand)[_BUFFER_DIMENSIONS])[axis]
 
 
 @expanded
@@ -85,28 +90,28 @@ def _size(buffer):
 @expanded
 def operand(frame, index):
     """The float32 numbers of an operand, whatever its shape."""
-    buffer = _words(_words(frame[_OPERANDS])[index])
+    buffer = _buffer(frame, _OPERANDS, index)
     return _floats(buffer[_BUFFER_DATA], _size(buffer))
 
 
 @expanded
 def operand_of_uints(frame, index):
     """The 32-bit integers of an operand."""
-    buffer = _words(_words(frame[_OPERANDS])[index])
+    buffer = _buffer(frame, _OPERANDS, index)
     return _uints(buffer[_BUFFER_DATA], _size(buffer))
 
 
 @expanded
 def result(frame, index):
     """The float32 numbers of a result, to be written."""
-    buffer = _words(_words(frame[_RESULTS])[index])
+    buffer = _buffer(frame, _RESULTS, index)
     return _floats(buffer[_BUFFER_DATA], _size(buffer))
 
 
 @expanded
 def result_of_uints(frame, index):
     """The 32-bit integers of a result."""
-    buffer = _words(_words(frame[_RESULTS])[index])
+    buffer = _buffer(frame, _RESULTS, index)
     return _uints(buffer[_BUFFER_DATA], _size(buffer))
 
 

@@ -16,7 +16,14 @@ import numpy.typing as npt
 import pytest
 
 from jaxlm import attention_numba
-from jaxlm.attention import Implementation, attention_reference, causal_attention, default_implementation, rounds
+from jaxlm.attention import (
+    Implementation,
+    attention_reference,
+    causal_attention,
+    check_implementation,
+    default_implementation,
+    rounds,
+)
 from jaxlm.attention_triton import attention_triton
 from jaxlm.dropout import row_seeds
 from jaxlm.lanes import HAS_PAIRS
@@ -390,8 +397,14 @@ def test_cudnn_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) ->
         causal_attention(q, k, v, implementation="numba")
     assert "computes in 16 bits, not in float32" in refusal()
     half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-    with pytest.raises(InputError, match="cudnn attention takes an even number of tokens, heads whose width"):
+    with pytest.raises(InputError, match="cudnn attention takes an even number of tokens, and heads whose width"):
         causal_attention(*half, implementation="cudnn")
+    for time, width, given in ((15, 64, "15 and 64"), (16, 60, "16 and 60"), (16, 136, "16 and 136")):
+        with pytest.raises(InputError, match=f"a multiple of 8 up to 128, not {given}; leave it out"):
+            check_implementation("cudnn", "bfloat16", 0.0, time, width)
+    check_implementation("cudnn", "bfloat16", 0.0, 16, 128)
+    with pytest.raises(InputError, match="triton attention takes heads up to 128 wide, not 136; leave it out"):
+        check_implementation("triton", "bfloat16", 0.0, 16, 136)
     assert "set the dropout to 0" in refusal(dropout_rate=0.1, dropout_keys_B=jax.random.split(jax.random.key(0), 2))
     with pytest.raises(InputError, match="one of reference, blocks, numba, cudnn, triton, not 'flash'"):
         causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]

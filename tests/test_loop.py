@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -426,6 +427,15 @@ def test_runs_without_a_common_intact_checkpoint_keep_those_that_they_have(tmp_p
     assert [saved_steps(tmp_path / str(index) / "checkpoints") for index in range(2)] == [{15}, {20}]
 
 
+def test_runs_whose_checkpoints_have_no_step_in_common_keep_them(tmp_path: Path, data: tuple) -> None:
+    run_together(tmp_path, data)
+    for index, step in ((0, 20), (1, 15)):
+        shutil.rmtree(tmp_path / str(index) / "checkpoints" / str(step))
+    with pytest.raises(RunFailed, match="no step in common with intact checkpoints"):
+        run_together(tmp_path, data)
+    assert [saved_steps(tmp_path / str(index) / "checkpoints") for index in range(2)] == [{15}, {20}]
+
+
 def test_a_run_that_diverges_leaves_the_others_alone(
     tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -718,6 +728,21 @@ def test_nothing_is_accepted_by_a_run_that_does_not_go_on(tmp_path: Path, data: 
     with pytest.raises(InputError, match="10 steps already"):
         train(open_run(tmp_path / "run", "f" * 64, shorter, accept=["corpus"]), tokenizer, tokens, TINY, shorter)
     assert read_config(tmp_path / "run")["identity"]["corpus"] == fingerprint
+
+
+def test_a_step_that_is_waited_for_has_its_own_time_also_where_something_is_due(
+    tmp_path: Path, data: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(mesh: object, results: object) -> bool:
+        jax.block_until_ready(results)
+        time.sleep(0.02)
+        return True
+
+    monkeypatch.setattr(loop, "one_at_a_time", wait)
+    run_training(tmp_path / "run", data, CONFIG)
+    seconds = [line["seconds"] for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert len(seconds) == 20
+    assert np.diff([0.0, *seconds]).min() > 0.019
 
 
 def test_a_damaged_log_is_said_before_anything_is_cut_back(tmp_path: Path, data: tuple) -> None:

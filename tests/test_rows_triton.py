@@ -197,6 +197,6 @@ def test_old_gpus_do_without_them(
         with pytest.raises(InputError, match="Tesla has no bfloat16; make the compute type float32"):
             check_compute_type("bfloat16")
         with pytest.raises(InputError, match="needs compute capability 8, and Tesla has less; leave it out"):
-            check_implementation("triton", "float32", 0.0)
+            check_implementation("triton", "float32", 0.0, 64, 64)
     else:
         check_compute_type("bfloat16")

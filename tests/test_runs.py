@@ -115,6 +115,24 @@ def test_a_log_that_was_shortened_by_hand_is_not_filled_up(tmp_path: Path) -> No
     assert [line["step"] for line in read_metrics(run.path)] == [1]
 
 
+@pytest.mark.parametrize("left", [0, 10, 25, 26, 49])
+def test_a_log_that_lost_what_a_checkpoint_needs_is_refused(tmp_path: Path, left: int) -> None:
+    run = started(tmp_path / "run")
+    for step in (1, 2):
+        run.log(step, loss=1.0)
+    sizes, file = run.log_sizes(), run.path / "metrics.jsonl"
+    assert sizes["metrics.jsonl"] == 50
+    run.check_logs(sizes)
+    run.log(3, loss=1.0)
+    run.check_logs(sizes)
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged; restore it"):
+        run.check_logs(sizes)
+    file.write_bytes(file.read_bytes().ljust(50, b"\0"))  # as a file system may leave it
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged; restore it"):
+        run.check_logs(sizes)
+
+
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1}]

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -43,7 +42,6 @@ from jaxlm.training import TrainConfig, abstract_state, stored_settings
 class Config:
     """Kills training processes at random moments, and compares what they end with."""
 
-    preset: Literal["all"] = "all"
     kills: int = 100
     steps: int = 60  # of the training
     seed: int = 0  # of the moments

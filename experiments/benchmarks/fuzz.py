@@ -37,7 +37,6 @@ _STANDSTILL = 600.0  # seconds without another example, the start of a process i
 class Config:
     """Fuzzes the tokenizer loader, the config loader, the documents readers and the report's escaping."""
 
-    preset: Literal["all"] = "all"
     areas: tuple[Area, ...] = AREAS
     examples: int = 100_000  # of each area, divided among its properties
     batch: int = 50_000  # examples of one process

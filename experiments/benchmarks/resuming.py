@@ -2,9 +2,10 @@
 
     python -m experiments.benchmarks.resuming --corpus articles.parquet
 
-Blocks of steps alternate, one with a save at its begin, whose background part is waited for, and one without; what a
-save costs is set against as many steps as there are between two by default. Then real processes alternate: one begins a
-run, the next takes one up that has a checkpoint; each is timed from its start to its first line of metrics, and killed.
+Blocks of steps alternate, one with a save at its beginning, whose background part is waited for, and one without; what
+a save costs is set against as many steps as there are between two by default. Then real processes alternate: one begins
+a run, the next takes one up that has a checkpoint; each is timed from its start to its first line of metrics, and
+killed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import jax
 import jaxlm.model
 from experiments.command_line import program
 from experiments.language_model import tokenize
-from experiments.speedrun import in_windows
+from experiments.speedrun import check_windows, in_windows
 from jaxlm.attention import causal_attention
 from jaxlm.data.batches import make_batches
 from jaxlm.data.documents import open_corpus
@@ -61,6 +61,7 @@ def main(config: Config) -> None:
     data = tokenize(corpus, survey, tokenizer)
     held_out = "\n\n".join(held_out_documents(corpus, survey))
     ids, num_bytes = tokenizer.encode(held_out, allowed_special="none"), len(held_out.encode())
+    check_windows(len(ids), model)
 
     mesh = data_mesh(training.batch_size)
     state = jax.device_put(init_state(model, training), replicated(mesh))

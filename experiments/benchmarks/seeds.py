@@ -35,7 +35,6 @@ from jaxlm.training import TrainConfig, init_state, make_joint_step, make_train_
 class Config:
     """Times a step of several seeds as one program against a step of each."""
 
-    preset: Literal["all"] = "all"
     seeds: int = 4
     rounds: int = 7
     model: Literal["seed", "modern"] = "seed"

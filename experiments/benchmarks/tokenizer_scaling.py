@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from jaxlm.data.documents import open_corpus
 from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer
+from jaxlm.tokenizers.base import replacing
 
 VOCAB_SIZE = 1_024
 
@@ -49,7 +50,8 @@ def measure_scaling(corpus: str, figure: Path, repeats: int = 3) -> None:
     table = Table(title="one thread: ns a byte (the least of several), and what 10 MB cost a byte beside 1 MB")
     for name in ("text", "work", "1 MB", "10 MB", "100 MB", "1 GB", "10 MB : 1 MB"):
         table.add_column(name, justify="left" if name in ("text", "work") else "right")
-    _, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    drawn = Figure(figsize=(10, 4), layout="constrained")
+    panels = drawn.subplots(1, 2, sharey=True)
     for name, (split, largest, unit) in shapes(documents).items():
         sizes = [size for size in (10**6, 10**7, 10**8, 10**9) if size <= largest]
         nanoseconds: dict[str, list[float]] = {"training": [], "encoding": []}
@@ -79,8 +81,9 @@ def measure_scaling(corpus: str, figure: Path, repeats: int = 3) -> None:
     panels[1].plot([1e6, 1e9], [1e-2, 10], "k:", linewidth=1)
     panels[0].set_ylabel("seconds, one thread")
     panels[0].legend(fontsize="small")
-    plt.savefig(figure, dpi=150)
     console.print(table)
+    with replacing(figure) as temporary:
+        drawn.savefig(temporary, dpi=150)
     console.print(f"figure: {figure}", markup=False)
 
 

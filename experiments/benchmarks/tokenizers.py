@@ -2,6 +2,7 @@
 
     pip install -r experiments/benchmarks/requirements.txt
     python -m experiments.benchmarks.tokenizers --corpus "texts/*.parquet"
+    python -m experiments.benchmarks.tokenizers --task encoding --corpus "texts/*.parquet"
     python -m experiments.benchmarks.tokenizers --task threads --corpus "texts/*.parquet"
     python -m experiments.benchmarks.tokenizers --task scaling --corpus "texts/*.parquet"
     python -m experiments.benchmarks.tokenizers --task stream --corpus "texts/*.parquet"
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.benchmarks.tokenizer_scaling import measure_scaling, measure_stream, measure_threads
@@ -34,9 +35,6 @@ from jaxlm.runs import console
 from jaxlm.tokenizers import BPETokenizer
 from jaxlm.tokenizers.base import InputError, replacing
 from jaxlm.tokenizers.bpe import check_highest_id
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 TRAINERS = ("jaxlm", "rustbpe", "tokenizers", "bpeasy", "sentencepiece")
 ENCODERS = ("jaxlm", "rustbpe", "tokenizers", "sentencepiece", "tiktoken", "tiktoken, to numpy")
@@ -215,8 +213,9 @@ def counted(threads: int) -> str:
 def draw(values: dict[tuple[str, Any], float], unit: str, better: str, threads: int, path: Path) -> None:
     """Horizontal bars, one panel a text or vocabulary size, ours in colour."""
     groups = list(dict.fromkeys(group for _, group in values))
-    figure, panels = plt.subplots(1, len(groups), figsize=(3.1 * len(groups), 2.6), layout="constrained", sharey=True)
-    for panel, group in zip([panels] if len(groups) == 1 else panels, groups, strict=True):
+    figure = Figure(figsize=(3.1 * len(groups), 2.6), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for panel, group in zip(panels, groups, strict=True):
         names = [name for name, other in values if other == group][::-1]
         lengths = [values[name, group] for name in names]
         colours = ["#d1495b" if name == "jaxlm" else "#a9b4c2" for name in names]

@@ -74,7 +74,7 @@ class Windows(grain.MapDataset[npt.NDArray[np.int32]]):
 
 
 class _Batches(grain.MapDataset[npt.NDArray[np.int32]]):
-    """`windows`, shuffled, repeated and batched by grain, without what a chain of datasets costs for each window."""
+    """What grain's `windows.shuffle(order).repeat().batch(batch_size)` gives, without its cost for each window."""
 
     def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
         super().__init__()
@@ -90,7 +90,8 @@ class _Batches(grain.MapDataset[npt.NDArray[np.int32]]):
             return self.slice(index)
         first, count = index * self._batch_size, len(self._windows)
         windows = []
-        for epoch, place in (divmod(place, count) for place in range(first, first + self._batch_size)):
+        for number in range(first, first + self._batch_size):
+            epoch, place = divmod(number, count)
             window = index_shuffle(place, max_index=count - 1, seed=(self._order + epoch) % 2**32, rounds=4)
             windows.append(epoch * count + window)
         return self._windows.take(windows)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from jaxlm.reports import drawing
 from jaxlm.reports.drawing import Results, done_arms
 from jaxlm.reports.quantities import amount, axis_scale
+from jaxlm.reports.sentences import between
 from jaxlm.tokenizers.base import replacing
 
 _NAMED = 12  # arms whose numbers a text alternative tells
@@ -163,7 +164,8 @@ def shown_differences(results: Results) -> list[dict[str, Any]]:
     rows = list(results["differences"])
     if len(rows) > 6:
         first = done_arms(results)[0]["name"]
-        rows = [_reversed(row) if row["a"] == first else row for row in rows if first in (row["a"], row["b"])]
+        others = [row["b"] if row["a"] == first else row["a"] for row in rows if first in (row["a"], row["b"])]
+        rows = [between(other, first, rows) for other in others]
     return [with_verdict(row) for row in rows]
 
 
@@ -171,19 +173,6 @@ def with_verdict(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `differences` and its verdict in words that stand alone."""
     words = {"a lower": f"{row['a']} lower", "b lower": f"{row['b']} lower"}
     return {**row, "verdict_text": words.get(row["verdict"], row["verdict"])}
-
-
-def _reversed(row: Mapping[str, Any]) -> dict[str, Any]:
-    ends = {"low": row["high"], "high": row["low"]}
-    return {
-        **row,
-        "a": row["b"],
-        "b": row["a"],
-        "difference": -row["difference"],
-        **{name: None if value is None else -value for name, value in ends.items()},
-        "seeds": row["seeds"][::-1],
-        "verdict": {"a lower": "b lower", "b lower": "a lower"}.get(row["verdict"], row["verdict"]),
-    }
 
 
 # ---- numbers

@@ -9,7 +9,8 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ class HeldOut:
     """The documents that all arms are scored on."""
 
     texts: Sequence[str]
-    document_bytes: npt.NDArray[np.int64] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "document_bytes", np.array([len(text.encode()) for text in self.texts]))
+    @cached_property
+    def document_bytes(self) -> npt.NDArray[np.int64]:
+        return np.array([len(text.encode()) for text in self.texts])
 
 
 def collect(
@@ -180,7 +181,7 @@ def _done(arm: ArmRecord, score: Estimate, held_out: HeldOut) -> dict[str, Any]:
             "encoding_speed": _encoding_speed(arm.tokenizer, held_out),
         },
         "longest_tokens": [visible(token) for token in longest_tokens(arm.tokenizer)],
-        "samples": [{"seed": seed, "text": _sample(path)} for seed, path in itertools.islice(arm.runs.items(), 1)],
+        "samples": [{"seed": seed, "text": _sample(path)} for seed, path in arm.runs.items()],
     }
 
 

@@ -24,7 +24,13 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: s
         [line["bytes"] / 1e6 for line in losses], [line["train/loss"] for line in losses], color=_COLOURS[0], lw=0.8
     )
     _label(left, "source bytes seen (MB)", "training loss (nats per token)")
-    _held_out(right, metrics, _COLOURS[1], None)
+    scored = [line for line in metrics if line.get("eval/bits_per_byte") is not None]
+    right.errorbar(
+        [line["bytes"] / 1e6 for line in scored],
+        [line["eval/bits_per_byte"] for line in scored],
+        yerr=[line["eval/bits_per_byte_se"] or 0.0 for line in scored],
+        color=_COLOURS[1], marker="o", markersize=3.5, elinewidth=0.8, capsize=2,
+    )  # fmt: skip
     _label(right, "source bytes seen (MB)", "held-out bits per byte")
     figure.suptitle(title)
     _save(figure, path)
@@ -64,16 +70,6 @@ def _token_strips(axis: Axes, tokenized: Mapping[str, Sequence[bytes]]) -> None:
             left += len(shown)
         axis.text(-0.8, -row, f"{name}  ({len(tokens)})", ha="right", va="center", fontsize=9)
     axis.axis("off")
-
-
-def _held_out(axis: Axes, metrics: Sequence[Mapping[str, Any]], colour: str, name: str | None) -> None:
-    lines = [line for line in metrics if line.get("eval/bits_per_byte") is not None]
-    axis.errorbar(
-        [line["bytes"] / 1e6 for line in lines],
-        [line["eval/bits_per_byte"] for line in lines],
-        yerr=[line["eval/bits_per_byte_se"] or 0.0 for line in lines],
-        color=colour, label=name, marker="o", markersize=3.5, elinewidth=0.8, capsize=2,
-    )  # fmt: skip
 
 
 def _label(axis: Axes, x: str, y: str) -> None:

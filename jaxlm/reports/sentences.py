@@ -31,7 +31,7 @@ def answer(
         opening = f"{after} no difference between {best['name']} and {other['name']} is shown: {scores}, {_less(found)}"
         opening += "." if found["verdict"] == "no difference shown" else f", and {_WHY[found['verdict']]}."
     by_loss = min(arms, key=lambda arm: arm["loss"])
-    if f"{by_loss['loss']:.3f}" < f"{best['loss']:.3f}" and by_loss["bytes_per_token"] < best["bytes_per_token"]:
+    if round(by_loss["loss"], 3) < round(best["loss"], 3) and by_loss["bytes_per_token"] < best["bytes_per_token"]:
         second = (
             f"Loss per token would have put {by_loss['name']} first ({by_loss['loss']:.3f} nats against "
             f"{best['loss']:.3f}), since its tokens hold less text: {by_loss['bytes_per_token']:.2f} bytes against "

@@ -53,7 +53,7 @@ def one_line(text: str, length: int = 200) -> str:
 
 
 def check_types(config: Any) -> None:
-    """Raises InputError for a field of a dataclass whose value isn't of its type, or beyond 64 bits."""
+    """Raises InputError for a field of a dataclass whose value isn't of its type, or is beyond 64 bits."""
     for name, kinds in _field_kinds(config.__class__).items():
         value = getattr(config, name)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -62,6 +62,21 @@ def check_types(config: Any) -> None:
             raise InputError(f"{name} is {wanted}, not {shown(value)}.")
         if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63:
             raise InputError(f"{name} is a number below 2^63, not {shown(value)}.")
+    for name, choices in _field_choices(config.__class__).items():
+        value = getattr(config, name)
+        if isinstance(value, str) and value not in choices:
+            raise InputError(f"{name} is one of {', '.join(choices)}, not {shown(value)}.")
+
+
+@cache
+def _field_choices(cls: type) -> dict[str, tuple[str, ...]]:
+    """The values that each field of a dataclass can have whose type is a Literal, or one or nothing."""
+    return {
+        name: get_args(part)
+        for name, hint in get_type_hints(cls).items()
+        for part in (hint, *get_args(hint))
+        if get_origin(part) is Literal
+    }
 
 
 @cache
@@ -147,8 +162,8 @@ class Tokenizer(ABC):
         """Ids of `text`: a 1-D int32 array.
 
         A special token in the text is an error unless it is named in `allowed_special`; "all" gives each its id, and
-        "none" encodes them all as the plain text that they also are. Where several match, the longest is taken, also if
-        it has a shorter one inside that isn't allowed; tiktoken refuses that.
+        "none" encodes them all as the plain text that they also are. Where several match, the longest is taken, even
+        if a shorter one inside it isn't allowed; tiktoken refuses that.
 
         Raises:
           InputError: a lone surrogate, a special token that isn't allowed, or something that is no `str`.
@@ -184,7 +199,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def _special_beginnings(self) -> list[str]:
-        """What all special tokens with the same first character begin with; "", which any text has, if that is much."""
+        """What all special tokens of the same first character begin with; [""] if there are ten such characters."""
         groups = itertools.groupby(sorted(self.special_tokens), key=lambda name: name[0])
         beginnings = [os.path.commonprefix(list(names)) for _, names in groups]  # noqa: RUF071 (of any strings)
         return beginnings if len(beginnings) < 10 else [""]
@@ -225,10 +240,13 @@ class Tokenizer(ABC):
         for token_id in each_of(ids, "ids"):
             seen.append(token_id)
             # What is still to be completed shows as U+FFFD, what may open an escape of SentencePiece's as U+2582.
-            text = self.decode(seen).rstrip("\ufffd\u2582")
-            if len(text) > len(given):
-                yield text[len(given) :]
-                given = text
+            text = self.decode(seen)
+            settled = text.rstrip("\ufffd\u2582")
+            if len(settled) > len(given):
+                yield settled[len(given) :]
+                given = settled
+            if settled == text:  # nothing is held back, so that what follows is decoded alone
+                seen, given = [], ""
         if rest := self.decode(seen)[len(given) :]:
             yield rest
 
@@ -394,7 +412,7 @@ def write_file(path: Path, text: str) -> None:
     """Writes a file, under a temporary name first, and the folders above it.
 
     Raises:
-      InputError: it can't be there. A full disk is no fault of the place, and stays an OSError.
+      InputError: it can't be written there. A full disk is no fault of the place, and stays an OSError.
     """
     try:
         with replacing(path) as temporary:

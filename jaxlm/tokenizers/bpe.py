@@ -59,6 +59,8 @@ _MOST_IDS = 1 << 24  # what is looked up by id has a place for each, used or not
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: ids 0 to 255 are the bytes, then merges in the order learned, then special tokens.
 
+    (An imported vocabulary keeps its own ids.)
+
     Args:
       merges: pairs of symbols; symbols 0 to 255 are the bytes, and merge i makes the symbol 256 + i.
       split: the name of a split pattern: "gpt2", "gpt4", "o200k" or "none".
@@ -414,7 +416,7 @@ class BPETokenizer(Tokenizer):
         An Encoding brings its own split and special tokens; else they are "gpt4" and none, unless given. Ids are kept.
 
         Raises:
-          InputError: a byte that has no rank, a rank that two tokens have, a file that is none, or a pattern that
+          InputError: a byte that has no rank, a rank that two tokens have, a file that isn't one, or a pattern that
             tiktoken may read otherwise.
         """
         from jaxlm.tokenizers.formats import read_tiktoken
@@ -422,7 +424,11 @@ class BPETokenizer(Tokenizer):
         return read_tiktoken(cls, mergeable_ranks, split, special_tokens, pattern)
 
     def to_tiktoken(self, path: str | os.PathLike[str]) -> None:
-        """Writes a rank file of tiktoken's (special tokens and the split aren't part of one)."""
+        """Writes a rank file of tiktoken's (special tokens and the split aren't part of one).
+
+        Raises:
+          InputError: a vocabulary with which tiktoken might give other ids, or a path that can't be written.
+        """
         from jaxlm.tokenizers.formats import write_tiktoken
 
         write_tiktoken(self, path)
@@ -442,14 +448,19 @@ class BPETokenizer(Tokenizer):
         """A byte-level BPE from a `tokenizer.json` of Hugging Face tokenizers. Ids are kept.
 
         Raises:
-          InputError: a file that is none, or one that does something else (another model, a normaliser, ...).
+          InputError: a file that isn't one, or one that does something else (another model, a normaliser, ...).
         """
         from jaxlm.tokenizers.formats import read_huggingface
 
         return read_huggingface(cls, path)
 
     def to_huggingface(self, path: str | os.PathLike[str]) -> None:
-        """Writes a `tokenizer.json` of Hugging Face tokenizers."""
+        """Writes a `tokenizer.json` of Hugging Face tokenizers.
+
+        Raises:
+          InputError: a vocabulary, a pattern or the name of a special token with which that library might give other
+            ids, or a path that can't be written.
+        """
         from jaxlm.tokenizers.formats import write_huggingface
 
         write_huggingface(self, path)

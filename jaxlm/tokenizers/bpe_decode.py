@@ -57,4 +57,3 @@ def decode(ids, starts, tokens, out):
         for k in range(8, size, 8):
             store8(out, at + k, load8(tokens, begin + k))
         at += size
-    return at

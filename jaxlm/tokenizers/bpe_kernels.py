@@ -185,10 +185,15 @@ def chunk_place(table, slot):
 
 # ---- symbols: a text while its pairs are merged
 #
-# Symbols stand in one int32 array, with -1 between and after chunks. One that stands for n bytes keeps their n places:
-# it is in the first and in the last of them, so that both neighbours are found from the lengths of ids. It is an id and
-# in the lowest seven bits how often its chunk occurs, so that both are waited for at once; 127 there says that an array
-# of amounts has the number: of 127 or more, or if all chunks occur equally often.
+# Symbols stand in one int32 array, a place for each byte, with -1 between and after chunks. One that stands for n bytes
+# keeps their n places, and is written into the first and the last of them: so the symbol before it ends one place to
+# its left, and the next one begins n places to the right of its first. "the", after "t" and "h" have become 256, and
+# after 256 and "e" have become 257 (what is in the middle is not read as a symbol):
+#
+#     256 256 'e' -1        257  .  257 -1
+#
+# Each number is id << 7 | how often the chunk occurs, so that one load brings both. 127 in these seven bits says that
+# an array of amounts has the number: of 127 or more, or if all chunks occur equally often.
 
 AMOUNT_BITS = 7  # what is left beside ids below 2^24 and the sign
 MANY = (1 << AMOUNT_BITS) - 1

@@ -126,8 +126,10 @@ def merge(work, goal):
         _prefetch_next(work)
         left, right = pairs[pair, PAIR] >> 32, pairs[pair, PAIR] & _LOW
         true_count = pairs[pair, BOUND]
-        if max(merged_at[left], merged_at[right]) > max(state[OPENED_AT], left - 255, right - 255):
-            # Something happened to its ids since its bucket was opened or, if that came later, since it was made.
+        # Its count was exact when its bucket was opened or, if that came later, when the pair was made: there are
+        # n - 255 merges once there is the id n. It still is, unless one of its ids has been part of a merge since.
+        exact_at = max(state[OPENED_AT], left - 255, right - 255)
+        if max(merged_at[left], merged_at[right]) > exact_at:
             true_count = _true_count(work, pair)
         if true_count < pairs[pair, BOUND]:
             pairs[pair, BOUND] = true_count
@@ -294,7 +296,8 @@ def _enter_new_pairs(work, left, right, is_shared):
                 number += beside[1, neighbour, column]
                 pair_count += beside[1, neighbour, column + 1]
             # The neighbour's pair with the id that was there is gone; so is that between two merged pairs in a row.
-            one, other = (right, neighbour if neighbour != new else left) if column else (neighbour, left)
+            before = left if neighbour == new else neighbour  # what the neighbour began with
+            one, other = (right, before) if column else (neighbour, left)
             if max(one, other) < len(known_counts):
                 known_counts[one, other] -= pair_count
             one, other = (new, neighbour) if column else (neighbour, new)
@@ -302,6 +305,7 @@ def _enter_new_pairs(work, left, right, is_shared):
                 known_counts[one, other] = pair_count
             pair = enter_pair(one << 32 | other, pair_count, number, work.pairs, work.state)
             enqueue(pair_count, one << 32 | other, pair, work.heap, work.blocks, work.buckets, work.state)
+            # From here on that column says where a share writes its places of the pair: the second one's come last.
             if is_shared and share == 0 and beside[1, neighbour, column]:
                 beside[1, neighbour, column + 1] = 0
                 beside[1, neighbour, column] = work.pairs[pair, LIST] + beside[0, neighbour, column]

@@ -53,7 +53,7 @@ class Work(NamedTuple):
       merges, merge_counts: int32 of shape (m - 256, 2), and int64 of shape (m - 256,).
       neighbours: int32 of shape (2 n,), the ids on both sides of a merged pair's places.
       beside: int64 of shape (2, m, 4), for each share of a merge, and for each id as a neighbour of the new one, on its
-        left and on its right: how many places their pair has, and its count.
+        left and on its right: how many places their pair has (then where they are written), and its count.
       touched: int64 of shape (2, 2 m), the rows of `beside` that are in use, as neighbour << 1 | side.
       known_counts: int64 of shape (512, 512), the true counts of pairs of the first ids.
       merged_at: int32 of shape (m,), how many merges there were when an id was last part of one.

@@ -62,7 +62,9 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int | None = None) -> CharTokenizer:
-        """The `vocab_size - 2` most frequent characters of `texts`, ties to the lower code point; None takes all.
+        """The hexadecimal digits and the most frequent other characters of `texts`, `vocab_size - 2` in all.
+
+        Of two that are as frequent, the lower code point comes first. None takes all characters.
 
         Raises:
           InputError: fewer ids than the hexadecimal digits and the two marks need, or more than the text can fill.
@@ -82,10 +84,8 @@ class CharTokenizer(Tokenizer):
             raise InputError(
                 f"The text has characters for a vocabulary of at most {largest} ids, and {vocab_size} were asked for."
             )
-        kept = set(ranked[: vocab_size - 2]) | set(HEXADECIMAL_DIGITS)
-        # Digits that are too rare to be among the most frequent take the places of the least frequent others.
-        others = [character for character in reversed(ranked) if character in kept - set(HEXADECIMAL_DIGITS)]
-        kept -= set(others[: len(kept) - (vocab_size - 2)])
+        others = [character for character in ranked if character not in HEXADECIMAL_DIGITS]
+        kept = {*HEXADECIMAL_DIGITS, *others[: vocab_size - smallest]}
         return cls([character for character in ranked if character in kept])
 
     @property

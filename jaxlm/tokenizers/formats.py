@@ -393,6 +393,8 @@ def _in_order(made_by: Mapping[bytes, Merge]) -> list[bytes]:
     Raises:
       InputError: it could reach it.
     """
+    # What tokens are sorted by: their priority. An early one has the key of its later part and then its own priority,
+    # so that it stands right after that part, before all that is merged later. Its first number is what it waited for.
     keys: dict[bytes, tuple[int, ...]] = {bytes([byte]): () for byte in range(256)}
     first_part = {merge.priority: merge.left for merge in made_by.values()}
     taken: dict[int, tuple[set[bytes], set[bytes]]] = {}  # around a place: before the next one, and after this one
@@ -402,11 +404,11 @@ def _in_order(made_by: Mapping[bytes, Merge]) -> list[bytes]:
         keys[token] = (priority,) if (priority,) > latest else (*latest, priority)
         if keys[token] == (priority,):
             continue
-        cause = keys[token][:1]
-        before, after = taken.setdefault(cause[0], ({first_part[cause[0]]}, set()))
-        if keys[left][:1] == cause:  # it grew out of that part, or is it
+        waited_for = keys[token][:1]
+        before, after = taken.setdefault(waited_for[0], ({first_part[waited_for[0]]}, set()))
+        if keys[left][:1] == waited_for:  # it grew out of that part, or is it
             after.add(right)
-        if keys[right][:1] == cause:
+        if keys[right][:1] == waited_for:
             before.add(left)
         if keys[left][:1] == keys[right][:1] or before & after:
             raise InputError(

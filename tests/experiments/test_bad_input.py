@@ -207,7 +207,7 @@ ALLOWED_BY: dict[str, dict[str, tuple[float, ...]]] = {
 LATER: dict[str, dict[str, tuple[float, ...]]] = {
     **{
         name: dict.fromkeys(
-            ("vocab_size", "context", "width", "feed_forward_width", "input_tokens", "batch_size"),
+            ("vocab_size", "context", "width", "feed_forward_width", "batch_size"),
             (10**9,),
         )
         for name in WITH_MODEL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import speedrun
 from experiments.speedrun import PRESETS, in_windows, run
 from jaxlm.data.batches import make_batches
 from jaxlm.data.shards import TokenStream
@@ -49,11 +51,12 @@ def test_windows_begin_where_the_one_before_ended() -> None:
 def test_both_parts_of_a_run_take_all_steps_and_as_many_tokens_each() -> None:
     config = PRESETS["short"]
     training = replace(
-        config.training, steps=4, batch_size=2, optimizer=replace(config.training.optimizer, warmup_steps=1)
-    )
+        config.training, steps=4, batch_size=2, optimizer=replace(config.training.optimizer, warmup_steps=1),
+        compute_type="float32",
+    )  # fmt: skip
     config = replace(config, model=TINY, training=training, first_context=4)
     before = init(TINY, jax.random.key(0))
-    params, seconds, _, tokens = run(config, stream_of([400]), seed=0)
+    params, seconds, _, tokens = run(config, stream_of([400]))
     assert tokens == 4 * 2 * 8
     assert seconds > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
@@ -71,6 +74,19 @@ def test_a_first_context_that_does_not_divide_the_other_is_refused() -> None:
         replace(PRESETS["short"], first_context=100)
 
 
+def test_each_seed_is_trained_and_the_held_out_text_has_a_window(
+    call: Callable[..., int], corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = "--vocab-size 30 --width 16 --num-heads 2 --num-layers 1 --feed-forward-width 16 --steps 2 --warmup-steps 1"
+    flags = ["--corpus", corpus, *tiny.split(), "--compute-type", "float32", "--seed", "7", "--seeds", "2"]
+    assert call(speedrun, *flags, "--context", "16", "--first-context", "8") == 0
+    shown = capsys.readouterr().out
+    assert "seed 7: " in shown and "seed 8: " in shown and "seed 0" not in shown
+    assert "short, char, float32" in shown
+    assert call(speedrun, *flags, "--context", "512") == 2
+    assert "one window of context 512 needs 513; use more text or a smaller context." in capsys.readouterr().err
+
+
 def test_several_steps_of_one_program_are_those_steps_one_after_the_other() -> None:
     optimizer = replace(PRESETS["short"].training.optimizer, warmup_steps=2)
     training = replace(
@@ -78,7 +94,7 @@ def test_several_steps_of_one_program_are_those_steps_one_after_the_other() -> N
     )
     config = replace(PRESETS["short"], model=TINY, training=training, first_context=4)
     stream = stream_of([400])
-    found, *_ = run(config, stream, seed=3)
+    found, *_ = run(config, stream)
     state = init_state(TINY, training)
     step = jax.jit(make_train_step(TINY, training))
     for context in (4, 8):

@@ -67,6 +67,12 @@ def test_the_first_arm_can_be_the_best_and_losses_can_agree() -> None:
     assert "Loss per token" not in text and text.count(". ") == 1
 
 
+def test_losses_of_ten_and_more_are_compared_as_numbers() -> None:
+    arms = [arm("char", 2.6, 9.8, 1.03), arm("bpe", 2.3, 10.2, 2.05, 500)]
+    text = answer(arms, differences(arms, 0.05), BUDGET)
+    assert "Loss per token would have put char first (9.800 nats against 10.200)" in text
+
+
 def test_a_larger_token_with_a_lower_loss_is_not_said_to_hold_less_text() -> None:
     other = arm("odd", 2.5, 1.0, 3.0, 500)
     text = answer([BPE, other], differences([BPE, other], 0.01), BUDGET)

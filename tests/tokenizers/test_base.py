@@ -125,10 +125,21 @@ def test_any_ids_decode_and_their_bytes_add_up(tokenizer: Tokenizer, numbers: li
     ids = [special[n // 2 % len(special)] if n % 2 else every[n // 2 % len(every)] for n in numbers]
     data = tokenizer.decode_bytes(ids)
     assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
+    assert "".join(tokenizer.decode_iter(iter(ids))) == tokenizer.decode(ids)
     lengths = tokenizer.byte_lengths(ids)
     names = {token_id: len(name.encode()) for name, token_id in tokenizer.special_tokens.items()}
     assert all(length == 0 for token_id, length in zip(ids, lengths, strict=True) if token_id in names)
     assert lengths.sum() + sum(names.get(token_id, 0) for token_id in ids) == len(data)
+
+
+def test_a_long_stream_of_ids_is_not_decoded_from_its_beginning_for_each(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Un très long texte, ☃ compris. " * 20
+    decoded, decode = [0], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    assert "".join(tokenizer.decode_iter(tokenizer.encode(text))) == text
+    assert max(decoded) < 20
 
 
 @given(text=TEXTS)
