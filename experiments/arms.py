@@ -224,7 +224,8 @@ def make_arm(
     if context_unit == "bytes":
         context = max(2, round(context / data.train.bytes_per_token))
         window = None if window is None else max(1, min(context, round(window / data.train.bytes_per_token)))
-    model = replace(model, vocab_size=made.tokenizer.vocab_size, context=context, window=window)
+    inputs = min(model.input_tokens, context)
+    model = replace(model, vocab_size=made.tokenizer.vocab_size, context=context, window=window, input_tokens=inputs)
     model = resized(model, *spec.size)
     check_memory(model, training)
     make_batches(data.train, context=context, batch_size=training.batch_size, seed=training.seed)

@@ -10,7 +10,7 @@ beforehand with `--validation`, which trains on the first 95 % of those document
 documents are looked at once, at the end. The score is bits per byte of the held-out documents as one text, in windows
 of 256 tokens without overlap, as the first baselines were scored; "each alone" is the measure of all other experiments.
 Time is that of the steps, the making of batches included, with compilation told apart. Factors of products are rounded
-to bfloat16 on a CPU with an instruction for that, but not with `--compute-type float32`.
+to bfloat16 on a CPU with an instruction for that, but not with `--compute-type float32`; elsewhere all is float32.
 
 Records, and ideas that did not work: SPEEDRUN.md.
 """

@@ -7,7 +7,6 @@ as one program over a stack of states, and each still leaves a run directory of 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import signal
@@ -222,7 +221,7 @@ def _resume(loops: Sequence[_Loop], sharding: jax.sharding.Sharding) -> tuple[in
     A kill can come between the saves of two runs, and a checkpoint can turn out to be broken.
 
     Raises:
-      RunFailed: a run has none but broken checkpoints.
+      RunFailed: a run has none but broken checkpoints, or all have some, but none of the same step.
     """
     while True:
         for loop in loops:
@@ -258,8 +257,8 @@ class _Programs:
         self._step, self._model, self._config, self._count, self._mesh = step, model, config, count, mesh
         self._divided = batch_sharding(mesh)
         self._of_runs = self._divided if count > 1 else replicated(mesh)
-        self.program = functools.cache(self._compile)
-        self.limits = functools.lru_cache(maxsize=1)(self._place_limits)  # most often they are infinite
+        self._compiled: dict[int, Callable[..., tuple[TrainState, Metrics]]] = {}
+        self._limits: tuple[Any, Any] = None, None  # the last ones and their array, as most often they are infinite
 
     def placed(self, rows: Sequence[Any]) -> Any:
         """What each run has, on the devices."""
@@ -274,13 +273,21 @@ class _Programs:
             batch = [_stacked(row) for row in itertools.islice(rows, size)]
             yield size, jax.device_put(_stacked(batch), _of_steps(size, self._divided))
 
-    def _place_limits(self, *limits: tuple[float, ...]) -> jax.Array:
+    def limits(self, *limits: tuple[float, ...]) -> jax.Array:
         """The limit of the loss for each step and run."""
-        array = np.array(limits, np.float32).reshape(self._axes(len(limits)))
-        return jax.device_put(array, _of_steps(len(limits), self._of_runs))
+        if limits != self._limits[0]:
+            array = np.array(limits, np.float32).reshape(self._axes(len(limits)))
+            self._limits = limits, jax.device_put(array, _of_steps(len(limits), self._of_runs))
+        found: jax.Array = self._limits[1]
+        return found
+
+    def program(self, size: int) -> Callable[..., tuple[TrainState, Metrics]]:
+        """`size` steps, compiled at the first call."""
+        if size not in self._compiled:
+            self._compiled[size] = self._compile(size)
+        return self._compiled[size]
 
     def _compile(self, size: int) -> Callable[..., tuple[TrainState, Metrics]]:
-        """The program of `size` steps."""
         model, config, count = self._model, self._config, self._count
         state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((*self._axes(1), *x.shape), x.dtype, sharding=self._of_runs),

@@ -88,7 +88,7 @@ class ModelConfig:
             )
         if self.input_tokens > self.context:
             raise InputError(
-                f"The input of a position has up to {self.context} tokens, its context, not {self.input_tokens}."
+                f"input_tokens is at most the context of {self.context}, not {self.input_tokens}; make it smaller."
             )
         if self.window is not None and not 1 <= self.window <= self.context:
             raise InputError(f"The model's window is from 1 to its context of {self.context}, not {self.window}.")

@@ -205,10 +205,7 @@ class Run:
         file, size = self.path / METRICS_FILE, log_sizes.get(METRICS_FILE, 0)
         if not size:
             return
-        data = b""
-        if file.exists():
-            with file.open("rb") as opened:
-                data = opened.read(size)
+        data = file.read_bytes()[:size] if file.exists() else b""
         if len(data) < size or len(_metrics(file, size)) < data.count(b"\n") or not data.endswith(b"\n"):
             raise InputError(f"{file} is damaged; restore it, or choose another --workdir.")
 
@@ -221,9 +218,15 @@ class Run:
             self._board.flush()
         sizes = dict.fromkeys((METRICS_FILE, SAMPLES_FILE), 0)
         for name in sizes:
-            with contextlib.suppress(FileNotFoundError), (self.path / name).open("rb") as file:
-                os.fsync(file.fileno())
-                sizes[name] = os.fstat(file.fileno()).st_size
+            path = self.path / name
+            try:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                sizes[name] = path.stat().st_size
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
         return sizes
 
     def log(self, step: int, **values: float) -> None:

@@ -512,7 +512,7 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
         ({"dropout": math.nan}, "dropout is a share from 0 to below 1, not nan"),
         ({"dropout": math.inf}, "dropout is a share from 0 to below 1, not inf"),
         ({"input_tokens": 0}, "input_tokens is a whole number from 1 to 2147483647, not 0"),
-        ({"input_tokens": 10}, "has up to 9 tokens, its context, not 10"),
+        ({"input_tokens": 10}, "input_tokens is at most the context of 9, not 10"),
         ({"num_kv_heads": 0}, "3 heads don't divide among 0 of keys and values"),
         ({"num_kv_heads": 2}, "3 heads don't divide among 2 of keys and values"),
         ({"num_kv_heads": 6}, "3 heads don't divide among 6 of keys and values"),
