@@ -67,6 +67,7 @@ def test_a_comparison_from_its_flags_to_its_report(tmp_path: Path, capsys: pytes
             final = read_metrics(tmp_path / "arms" / arm["name"] / f"rate-{best:g}" / f"seed-{seed}")[-1]
             assert final["final/bits_per_byte"] == arm["by_seed"][seed]
             assert final["step"] == arm["updates"]
+        assert [sample["seed"] for sample in arm["samples"]] == [0, 1]
         assert arm["bits_per_byte"] == pytest.approx(np.mean(arm["by_seed"]))
         assert arm["low"] < arm["bits_per_byte"] < arm["high"]
         assert f"{arm['bits_per_byte']:.4f}" in text
