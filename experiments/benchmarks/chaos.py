@@ -104,9 +104,10 @@ def run(config: Config, folder: Path) -> Result:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-                    kills[state()] += 1
-                    steps, seconds = behind(workdir)
-                    repeated, lost = repeated + steps, lost + seconds
+                    kills[found := state()] += 1
+                    if found != "starting":  # it has taken no step then: the log is that of the process before it
+                        steps, seconds = behind(workdir)
+                        repeated, lost = repeated + steps, lost + seconds
                     console.print(f"kill {kills.total()} at step {reached(workdir)}", style="dim")
                     continue
             if (status := process.wait()) != 0:

@@ -814,26 +814,34 @@ def start(root: Path = ROOT, use: str = USE, **environment: str) -> subprocess.P
     )
 
 
-def test_compiled_twice_at_once_once_again_and_not_at_all(tmp_path: Path) -> None:
-    """Two processes that compile into one folder, a third that finds what they left, and one that compiles nothing."""
+def test_compiled_and_not_compiled_are_the_same() -> None:
+    compiled, plain = start(), start(NUMBA_DISABLE_JIT="1")
+    answer, errors = plain.communicate(timeout=300)
+    assert answer.startswith("[(") and errors == ""
+    assert compiled.communicate(timeout=300)[0] == answer
+
+
+def test_compiled_twice_at_once_and_once_again(tmp_path: Path) -> None:
+    """Two processes that compile into one folder, and a third that finds what they left."""
     notice = "compiling kernels"
-    at_once = [start(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+
+    def start_here() -> subprocess.Popen[str]:
+        return start(use=USE_LITTLE, NUMBA_CACHE_DIR=str(tmp_path))
+
+    at_once = [start_here() for _ in range(2)]
     answers = [process.communicate(timeout=300) for process in at_once]
-    again = start(NUMBA_CACHE_DIR=str(tmp_path)).communicate(timeout=300)
-    plain = start(NUMBA_DISABLE_JIT="1").communicate(timeout=300)
-    assert len({output for output, _ in [*answers, again, plain]}) == 1
-    assert answers[0][0].startswith("[(")
     assert all(errors.count(notice) == 1 and len(errors.splitlines()) == 1 for _, errors in answers)
-    assert again[1] == ""
-    assert plain[1] == ""
-    # Files that were cut short are compiled anew, once. An index and the code it names:
-    damaged = [next(tmp_path.rglob("bpe_split.split-*.nbi")), next(tmp_path.rglob("bpe_merge.merge-*.nbc"))]
-    for path in damaged:
-        path.write_bytes(path.read_bytes()[:100])
-    mended, whole = (start(NUMBA_CACHE_DIR=str(tmp_path)).communicate(timeout=300) for _ in range(2))
-    assert mended[0] == whole[0] == plain[0]
-    assert mended[1].count(notice) == 1 and len(mended[1].splitlines()) == 1
+    whole = start_here().communicate(timeout=300)
+    assert {output for output, _ in answers} == {"été\n"} == {whole[0]}
     assert whole[1] == ""
+    # Files that were cut short are compiled anew, once: an index, and the code that one names.
+    for kind in ("nbi", "nbc"):
+        path = next(tmp_path.rglob(f"bpe_decode.*.{kind}"))
+        path.write_bytes(path.read_bytes()[:100])
+        mended, whole = (start_here().communicate(timeout=300) for _ in range(2))
+        assert mended[0] == whole[0] == "été\n"
+        assert mended[1].count(notice) == 1 and len(mended[1].splitlines()) == 1
+        assert whole[1] == ""
 
 
 def test_kernels_of_other_versions_are_removed_once_unused_for_a_month(tmp_path: Path) -> None:

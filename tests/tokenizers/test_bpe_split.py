@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -82,6 +83,11 @@ SURROUNDED = "{0}{0} {0}'{0}a{0}b\n{0}\n\n"
 BETWEEN = ["", " ", "'", "a", "b\n", "\n\n"]
 
 
+def is_looked_at(point: int) -> bool:
+    """Whether a character has a use, or is every seventh of the 950,000 that have none and are classed alike."""
+    return unicodedata.category(chr(point)) not in ("Cn", "Co") or character_classes()[point] != OTHER or point % 7 == 0
+
+
 @cache
 def ranks_that_show_cuts() -> dict[bytes, int]:
     """Tokens for all that can stand from the last byte of a character to the first byte of the next, and their parts.
@@ -132,10 +138,10 @@ def test_what_regex_classes_otherwise_is_new_to_it_but_for_one_letter() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_character_is_cut_as_tiktoken_cuts_it_and_regex_if_it_classes_it_alike(split: str) -> None:
+def test_characters_are_cut_as_tiktoken_cuts_them_and_regex_if_it_classes_them_alike(split: str) -> None:
     tokenizer = BPETokenizer([], split=split)
     pattern = regex.compile(SPLIT_PATTERNS[split])
-    blocks = np.array_split(np.array([point for point in CODE_POINTS if point >= 0x80]), 16)
+    blocks = np.array_split(np.array([point for point in CODE_POINTS if point >= 0x80 and is_looked_at(point)]), 16)
     texts = ["".join(map(SURROUNDED.format, map(chr, block.tolist()))) for block in blocks]
     with ThreadPoolExecutor(1) as pool:  # beside the rest, since tiktoken doesn't hold the interpreter's lock
         in_tiktoken = pool.map(ends_in_tiktoken, texts, itertools.repeat(split))
