@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 # Programs in tests are compiled more often than they are run. Read when JAX starts.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join((
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    os.environ.get("XLA_FLAGS", ""),
+))  # fmt: skip
 
 import jax
 import pytest

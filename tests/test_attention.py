@@ -32,9 +32,6 @@ from jaxlm.tokenizers.base import InputError
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
-# Programs that take longer to compile than to run are compiled in haste.
-HASTE = {"xla_backend_optimization_level": 0}
-
 attend = jax.jit(causal_attention, static_argnames=("scale", "window", "dropout_rate", "implementation"))
 
 
@@ -143,7 +140,7 @@ CASES = [
 def test_blocks_and_kernels_equal_the_reference_in_values_and_gradients(case: Case) -> None:
     *qkv, above = case.arrays()
 
-    @partial(jax.jit, compiler_options=HASTE)
+    @jax.jit
     def all_of_them(
         q: jax.Array, k: jax.Array, v: jax.Array, above: jax.Array, *rest: jax.Array
     ) -> list[list[jax.Array]]:
@@ -166,7 +163,7 @@ def test_blocks_and_kernels_equal_the_reference_in_values_and_gradients(case: Ca
 def test_rounded_kernels_are_near_the_reference_in_values_and_gradients(case: Case) -> None:
     *qkv, above = case.arrays()
 
-    @partial(jax.jit, compiler_options=HASTE)
+    @jax.jit
     def both(q: jax.Array, k: jax.Array, v: jax.Array, above: jax.Array, *rest: jax.Array) -> list[list[jax.Array]]:
         outputs = []
         for attention in (case.attention("numba", rounded=True), case.attention("reference")):
@@ -221,7 +218,7 @@ def test_triton_kernels_equal_the_reference_in_values_and_gradients(case: Case) 
     seeds = row_seeds(case.keys_B(), case.heads) if case.rate else None
     scale = case.width**-0.5 if case.scale is None else case.scale
 
-    @partial(jax.jit, static_argnums=0, compiler_options=HASTE)
+    @partial(jax.jit, static_argnums=0)
     def both(attention: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
         rest = scale, case.window, case.documents_BT(), case.rate, seeds
         values, pull_back = jax.vjp(lambda q, k, v: attention(q, k, v, *rest), q, k, v)
@@ -292,7 +289,7 @@ def temporary_bytes(implementation: Implementation, time: int) -> int:
         return case.attention(implementation)(*arguments).sum()
 
     lowered = jax.jit(slope).lower(numbers, numbers, numbers, documents, jax.eval_shape(case.keys_B))
-    return lowered.compile(HASTE).memory_analysis().temp_size_in_bytes
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_grows_with_the_context_and_that_of_the_reference_with_its_square() -> None:

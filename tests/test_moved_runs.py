@@ -181,7 +181,7 @@ def on_all_devices(folder: Path) -> None:
 
 
 def call(command: str, folder: Path, devices: int) -> None:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": root}
     process = subprocess.run(

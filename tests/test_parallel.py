@@ -105,8 +105,7 @@ print(json.dumps(result))
 @pytest.fixture(scope="module")
 def four_devices() -> dict[str, Any]:
     """What two steps gave on one of four devices and on all of them."""
-    # Compiled in haste: the steps are few, and the two programs take longer to compile than to run.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     process = subprocess.run(
         [sys.executable, "-c", STEP], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
