@@ -59,9 +59,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 # Tracing for coverage makes a test a quarter to a third slower. These are about machine code, which leaves no trace,
 # or about modules that other tests go through as well.
 UNTRACED = (
-    "test_attention", "test_bpe_engine", "test_bpe_split", "test_chaos", "test_dropout", "test_loop", "test_measures",
-    "test_model", "test_moved_runs", "test_page", "test_parallel", "test_sampling", "test_speedrun", "test_statistics",
-    "test_training",
+    "test_bpe_engine", "test_bpe_split", "test_chaos", "test_compare_tokenizers", "test_dropout", "test_fuzz_benchmark",
+    "test_loop", "test_measures", "test_model", "test_moved_runs", "test_page", "test_sampling", "test_speedrun",
+    "test_statistics", "test_training",
 )  # fmt: skip
 
 
